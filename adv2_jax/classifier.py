@@ -1,0 +1,160 @@
+"""A classifier as the attack sees it: parameters, a pure apply function, a head, a surrogate.
+
+The library knows no framework. `from_fn` takes plain functions (Equinox: see BUILD.md),
+`from_linen` and `from_nnx` adapt Flax modules. Build a classifier once and keep it: its functions
+are static under `jit` and are compared by identity.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adv2_jax.nets.activations import soft_relu
+from adv2_jax.types import Array, Image, InputError, Outputs, PyTree
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Classifier(flax.struct.PyTreeNode):
+  """A classifier f and what the interpreters need of it.
+
+  Attributes:
+    params: a pytree of arrays; an argument of every jitted function, never captured.
+    apply_fn: (params, x) -> Outputs, x f32[B,H,W,C] in [0,1]; normalisation is inside.
+    head_fn: (params, features) -> logits f32[B,K], with features = taps['features'].
+    surrogate_fn: like apply_fn, same parameters and same values, but with a ReLU derivative that is
+      smooth, so that GRAD's map can be differentiated; it may take `act=`, the activation to use.
+  """
+
+  params: PyTree
+  apply_fn: Callable[[PyTree, Image], Outputs] = flax.struct.field(pytree_node=False)
+  head_fn: Callable[[PyTree, Array], Array] = flax.struct.field(pytree_node=False)
+  surrogate_fn: Callable[..., Outputs] | None = flax.struct.field(pytree_node=False, default=None)
+
+  def __call__(self, x: Image) -> Outputs:
+    """Logits f32[B,K] and taps of the images x f32[B,H,W,C] in [0,1]."""
+    return self.apply_fn(self.params, x)
+
+  def head(self, features: Array) -> Array:
+    """Logits f32[B,K] of the features f32[B,h,w,F]."""
+    return self.head_fn(self.params, features)
+
+  def surrogate(self, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
+    """As calling the classifier, with the smoothed ReLU derivative `act` in the backward pass."""
+    if self.surrogate_fn is None:
+      return self(x)
+    if act is soft_relu:
+      return self.surrogate_fn(self.params, x)
+    if 'act' not in inspect.signature(self.surrogate_fn).parameters:
+      raise InputError(
+        'this surrogate_fn has no `act` argument, so tau and form cannot be changed: '
+        'write it as surrogate_fn(params, x, act=soft_relu), or leave tau and form at their defaults'
+      )
+    return self.surrogate_fn(self.params, x, act=act)
+
+
+def from_fn(
+  params: PyTree,
+  apply_fn: Callable[[PyTree, Image], Any],
+  head_fn: Callable[[PyTree, Array], Array],
+  surrogate_fn: Callable[..., Any] | None = None,
+) -> Classifier:
+  """A classifier from plain functions; see `Classifier` for what each must do.
+
+  `apply_fn` returns `Outputs`, or a pair (logits, taps). Warns when there is no surrogate, because
+  GRAD's map then has the derivative of a ReLU net's gradient, which is almost everywhere zero.
+  """
+  if surrogate_fn is None:
+    warnings.warn(
+      'no surrogate_fn: GRAD will attack with the plain ReLU derivative, whose own derivative is '
+      'zero almost everywhere; give the same net with adv2_jax.nets.soft_relu as activation',
+      stacklevel=2,
+    )
+
+  def as_outputs(fn: Callable[..., Any]) -> Callable[..., Outputs]:
+    def call(params: PyTree, x: Image, **kwargs: Any) -> Outputs:
+      return Outputs(*fn(params, x, **kwargs))
+
+    call.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]  # keeps `act` visible
+    return call
+
+  return Classifier(
+    params, as_outputs(apply_fn), head_fn, surrogate_fn and as_outputs(surrogate_fn)
+  )
+
+
+def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Array]:
+  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+  if not (std_ > 0).all():
+    raise InputError(f'std is {tuple(std)}; expected positive numbers, one per channel')
+  return lambda x: (x - mean_) / std_
+
+
+def from_linen(
+  module: Any,
+  variables: PyTree,
+  *,
+  mean: Sequence[float] = IMAGENET_MEAN,
+  std: Sequence[float] = IMAGENET_STD,
+) -> Classifier:
+  """A classifier from a Linen module whose call gives Outputs and which has a `head` method.
+
+  The surrogate is the same module with its field `act` replaced by `soft_relu`; a module without
+  such a field has none (and `from_fn`'s warning is given).
+  """
+  normalise = _normaliser(mean, std)
+
+  def apply_fn(params: PyTree, x: Image) -> Outputs:
+    return Outputs(*module.apply(params, normalise(x)))
+
+  def head_fn(params: PyTree, features: Array) -> Array:
+    return module.apply(params, features, method='head')
+
+  def surrogate_fn(
+    params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu
+  ) -> Outputs:
+    return Outputs(*module.clone(act=act).apply(params, normalise(x)))
+
+  return from_fn(variables, apply_fn, head_fn, surrogate_fn if hasattr(module, 'act') else None)
+
+
+def from_nnx(
+  model: Any,
+  *,
+  mean: Sequence[float] = IMAGENET_MEAN,
+  std: Sequence[float] = IMAGENET_STD,
+) -> Classifier:
+  """A classifier from an NNX module: split once here, merged inside the pure functions.
+
+  `model(x)` gives Outputs, `model.head(features)` logits; a field `act`, when there is one, makes
+  the surrogate.
+  """
+  from flax import nnx
+
+  model.eval()
+  graph, state = nnx.split(model)
+  normalise = _normaliser(mean, std)
+
+  def apply_fn(params: PyTree, x: Image) -> Outputs:
+    return Outputs(*nnx.merge(graph, params)(normalise(x)))
+
+  def head_fn(params: PyTree, features: Array) -> Array:
+    return nnx.merge(graph, params).head(features)
+
+  def surrogate_fn(
+    params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu
+  ) -> Outputs:
+    smooth = nnx.merge(graph, params)
+    for _, node in nnx.iter_graph(smooth):  # inner blocks hold the activation too
+      if hasattr(node, 'act'):
+        node.act = act
+    return Outputs(*smooth(normalise(x)))
+
+  return from_fn(state, apply_fn, head_fn, surrogate_fn if hasattr(model, 'act') else None)

@@ -1,0 +1,172 @@
+"""Shapes, ranges and units, written once: what flows between classifier, interpreter and attack.
+
+Every array that belongs to examples has the batch first and is never reduced over it on the
+device: a loss is `[B]`, a success is `[B]`. Means and rates are made on the host, from the rows
+that are real (`Batch.is_real`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+
+Array = jax.Array
+PyTree = Any
+Image = jax.Array  # f32[B,H,W,C] in [0,1], NHWC; normalisation lives inside the classifier.
+Map = jax.Array  # f32[B,h,w] in [0,1]; high = important for the class explained.
+Label = jax.Array  # i32[B]
+Key = jax.Array  # typed key, shape () or one per example, [B]; see `example_keys`.
+Carry = Any  # What an interpreter keeps between attack steps: () or e.g. (mask, Adam moments).
+
+
+class Outputs(NamedTuple):
+  """What a classifier says of a batch.
+
+  Attributes:
+    logits: f32[B,K], not probabilities.
+    taps: inner activations by name; `taps['features']` f32[B,h,w,F] are the last ones before the
+      head, so that `head_fn(params, taps['features']) == logits`.
+  """
+
+  logits: Array
+  taps: Mapping[str, Array]
+
+
+class Unrolled(NamedTuple):
+  """What an interpreter gives the attack at one step.
+
+  Attributes:
+    maps: f32[T,B,h,w] (or a pytree of such, under `joint`), differentiable in x. T is the number of
+      differentiable maps in this step: 1 for closed-form interpreters, several look-ahead iterates
+      for MASK.
+    carry: the state for the next step.
+    extra: f32[B], a further loss term (RTS: cross-entropy of its encoder); zeros otherwise.
+    logits: f32[B,K] of the pass that made the maps, so that the prediction loss shares it; None
+      makes the attack run the classifier itself.
+  """
+
+  maps: PyTree
+  carry: Carry
+  extra: Array
+  logits: Array | None = None
+
+
+class Interpreter(flax.struct.PyTreeNode):
+  """An attribution method, as three pure functions.
+
+  Attributes:
+    params: the interpreter's own weights (RTS: the decoder), () otherwise.
+    explain: (clf, x, y, key) -> Map. Honest: the real network; what an analyst would see.
+    begin: (clf, x, y, key) -> Carry, before the first attack step.
+    unroll: (clf, x, y, carry, key) -> Unrolled, inside the attack: the same map made
+      differentiable in x (GRAD: through the smoothed ReLU derivative). `self.params` reaches all
+      three as `interpreter.params`, see `interpreters.base`.
+    name: short name, used in files and tables.
+    passes: network passes per example of one `explain` and of one differentiated `unroll` step, for
+      the accounts (forward 1, each backward 1 more).
+  """
+
+  params: PyTree
+  explain: Callable[..., Map] = flax.struct.field(pytree_node=False)
+  begin: Callable[..., Carry] = flax.struct.field(pytree_node=False)
+  unroll: Callable[..., Unrolled] = flax.struct.field(pytree_node=False)
+  name: str = flax.struct.field(pytree_node=False, default='custom')
+  passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
+
+
+class Perturbation(NamedTuple):
+  """A perturbation set P(x0), given by its parameters `delta`.
+
+  Attributes:
+    init: (x0, keys[B]) -> delta.
+    apply: (x0, delta) -> Image, inside [0,1].
+    project: (x0, delta) -> delta, the nearest delta that lies in the set.
+    penalty: delta -> f32[B], added to the loss (StAdv: flow smoothness, with its weight).
+  """
+
+  init: Callable[[Image, Key], PyTree]
+  apply: Callable[[Image, PyTree], Image]
+  project: Callable[[Image, PyTree], PyTree]
+  penalty: Callable[[PyTree], Array]
+
+
+class Terms(NamedTuple):
+  """The loss and its parts, f32[B] each, never reduced over the batch."""
+
+  total: Array
+  prediction: Array
+  interpretation: Array
+  penalty: Array
+
+
+class Batch(NamedTuple):
+  """One batch to attack.
+
+  Attributes:
+    example_id: i32[B], index in the data set; seeds the example's random numbers.
+    x: the clean images.
+    target: i32[B], the class the attack wants.
+    target_map: f32[B,h,w], the map it wants (a mapping by interpreter name under `joint`).
+    is_real: bool[B]; False marks a padding row, which stays as it is and counts nowhere.
+  """
+
+  example_id: Array
+  x: Image
+  target: Label
+  target_map: PyTree
+  is_real: Array
+
+
+class AttackState(NamedTuple):
+  """What the next step needs, and nothing else."""
+
+  delta: PyTree
+  opt_state: PyTree
+  carry: Carry
+  done: Array  # bool[B]: held still from here on.
+  step: Array  # i32[]
+
+
+class Snapshot(NamedTuple):
+  """What the reader of a run needs: the iterate just evaluated and what was found there."""
+
+  step: Array  # i32[]
+  x: Image
+  terms: Terms
+  logits: Array
+
+
+class Attack(NamedTuple):
+  """An attack as two pure functions; nothing in it is jitted.
+
+  Attributes:
+    init: batch -> AttackState.
+    step: (batch, state) -> (state, Snapshot); evaluates the state's iterate, then moves it.
+  """
+
+  init: Callable[[Batch], AttackState]
+  step: Callable[[Batch, AttackState], tuple[AttackState, Snapshot]]
+
+
+class PredictionLoss(Protocol):
+  """(logits f32[B,K], target i32[B]) -> f32[B], small when the target is predicted."""
+
+  def __call__(self, logits: Array, target: Label) -> Array: ...
+
+
+class MapDistance(Protocol):
+  """(map f32[B,h,w], target map f32[B,h,w]) -> f32[B], 0 when equal."""
+
+  def __call__(self, maps: Map, target_map: Map) -> Array: ...
+
+
+class InputError(ValueError):
+  """Bad input: the message names the value, what was expected, and the remedy."""
+
+
+def example_keys(key: Key, n: int) -> Key:
+  """One key per example: `key` itself when it already has shape [n], else folded with 0…n−1."""
+  if key.ndim:
+    return key
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jax.numpy.arange(n))

@@ -1,0 +1,28 @@
+"""Eight virtual devices, rank promotion raises, warnings are errors: set before jax starts."""
+
+import os
+import pathlib
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+PARITY = pathlib.Path(__file__).parent / 'parity'
+SHARED = pathlib.Path(__file__).parent.parent.parent / 'shared'
+
+
+def shared_data(name: str) -> pathlib.Path:
+  """A file of the shared real data, or skip with the reason."""
+  path = SHARED / 'data' / name
+  if not path.exists():
+    pytest.skip(f'real data {name} is not on this machine')
+  return path
+
+
+@pytest.fixture
+def key():
+  return jax.random.key(0)
