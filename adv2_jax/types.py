@@ -39,7 +39,7 @@ class Unrolled(NamedTuple):
   Attributes:
     maps: f32[T,B,h,w] (or a pytree of such, under `joint`), differentiable in x. T is the number of
       differentiable maps in this step: 1 for closed-form interpreters, several look-ahead iterates
-      for MASK.
+      for MASK. None: no map (plain PGD).
     carry: the state for the next step.
     extra: f32[B], a further loss term (RTS: cross-entropy of its encoder); zeros otherwise.
     logits: f32[B,K] of the pass that made the maps, so that the prediction loss shares it; None
@@ -53,26 +53,40 @@ class Unrolled(NamedTuple):
 
 
 class Interpreter(flax.struct.PyTreeNode):
-  """An attribution method, as three pure functions.
+  """An attribution method, as pure functions of its own params; `interpreters.from_fn` builds one.
 
   Attributes:
     params: the interpreter's own weights (RTS: the decoder), () otherwise.
-    explain: (clf, x, y, key) -> Map. Honest: the real network; what an analyst would see.
-    begin: (clf, x, y, key) -> Carry, before the first attack step.
-    unroll: (clf, x, y, carry, key) -> Unrolled, inside the attack: the same map made
-      differentiable in x (GRAD: through the smoothed ReLU derivative). `self.params` reaches all
-      three as `interpreter.params`, see `interpreters.base`.
+    explain_fn: (params, clf, x, y, keys) -> Map. Honest: the real network, what an analyst sees.
+    unroll_fn: (params, clf, x, y, carry, keys) -> Unrolled, inside the attack: the same map made
+      differentiable in x (GRAD: through the smoothed ReLU derivative).
+    begin_fn: (params, clf, x, y, keys) -> Carry, before the first attack step.
     name: short name, used in files and tables.
-    passes: network passes per example of one `explain` and of one differentiated `unroll` step, for
-      the accounts (forward 1, each backward 1 more).
+    passes: network passes per example of one `explain`, and of one `unroll` with its gradient
+      (a forward pass counts 1, its backward pass 1 more).
+    exact: whether `unroll` gives the very map of `explain`, so that its value can be trusted when
+      the best iterate is chosen.
   """
 
   params: PyTree
-  explain: Callable[..., Map] = flax.struct.field(pytree_node=False)
-  begin: Callable[..., Carry] = flax.struct.field(pytree_node=False)
-  unroll: Callable[..., Unrolled] = flax.struct.field(pytree_node=False)
+  explain_fn: Callable[..., Map] = flax.struct.field(pytree_node=False)
+  unroll_fn: Callable[..., Unrolled] = flax.struct.field(pytree_node=False)
+  begin_fn: Callable[..., Carry] = flax.struct.field(pytree_node=False)
   name: str = flax.struct.field(pytree_node=False, default='custom')
   passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
+  exact: bool = flax.struct.field(pytree_node=False, default=True)
+
+  def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
+    """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""
+    return self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
+
+  def begin(self, clf: Any, x: Image, y: Label, key: Key) -> Carry:
+    """The carry before the first attack step."""
+    return self.begin_fn(self.params, clf, x, y, example_keys(key, len(x)))
+
+  def unroll(self, clf: Any, x: Image, y: Label, carry: Carry, key: Key) -> Unrolled:
+    """The maps of this attack step, differentiable in x."""
+    return self.unroll_fn(self.params, clf, x, y, carry, example_keys(key, len(x)))
 
 
 class Perturbation(NamedTuple):
@@ -138,15 +152,20 @@ class Snapshot(NamedTuple):
 
 
 class Attack(NamedTuple):
-  """An attack as two pure functions; nothing in it is jitted.
+  """An attack as pure functions; nothing in it is jitted.
 
   Attributes:
-    init: batch -> AttackState.
+    init: (batch, delta | None) -> state; None starts from the perturbation's own start.
     step: (batch, state) -> (state, Snapshot); evaluates the state's iterate, then moves it.
+    result: (batch, state) -> delta, what the attack delivers after its last step.
   """
 
-  init: Callable[[Batch], AttackState]
-  step: Callable[[Batch, AttackState], tuple[AttackState, Snapshot]]
+  init: Callable[[Batch, PyTree | None], Any]
+  step: Callable[[Batch, Any], tuple[Any, Snapshot]]
+  result: Callable[[Batch, Any], PyTree]
+
+
+Schedule = tuple[tuple[Attack, int], ...]  # stages: an attack and its number of steps
 
 
 class PredictionLoss(Protocol):

@@ -1,0 +1,250 @@
+"""The attack loop. This is the file to read.
+
+ADV² looks for an image that the classifier f takes for class t, and that the interpreter g explains
+with a map of the attacker's choice:
+
+    min_x  l_prd(f(x), t) + λ · l_int(g(x; f, t), m_t)   subject to   x ∈ P(x0)
+
+`adv2` puts that into two functions: `init` makes a state, `step` evaluates the state's image, takes
+the gradient of the loss, lets optax turn it into an update and projects back into P(x0). All else
+is composed around them:
+
+    attack   = adv2(clf, interpreter, perturbation, tx, weight=λ(step), key=key)
+    attack   = track_best(attack, score)                 # deliver the best image met, not the last
+    schedule = staged((pgd(...), 300), (attack, 1200))   # a warm start, then the joint loss
+    delta, history = run(schedule, batch, every=10)      # lax.scan over steps
+
+Nothing here is jitted and nothing is reduced over the batch: each example has its own loss, its own
+optimiser state (optax is vmapped), its own random numbers, and can stop on its own. Call these
+functions inside one `jax.jit` with classifier, interpreter, batch and key as arguments.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adv2_jax import losses
+from adv2_jax.types import (
+  Array,
+  Attack,
+  AttackState,
+  Batch,
+  Interpreter,
+  Key,
+  MapDistance,
+  Perturbation,
+  PredictionLoss,
+  PyTree,
+  Schedule,
+  Snapshot,
+  Terms,
+  Unrolled,
+)
+from adv2_jax.classifier import Classifier
+
+# (batch, snapshot) -> bool[B]: this example needs no further step.
+Stop = Callable[[Batch, Snapshot], Array]
+# (batch, snapshot) -> f32[B]: how bad this iterate is; +inf is worse than anything.
+Score = Callable[[Batch, Snapshot], Array]
+
+
+def never(batch: Batch, snapshot: Snapshot) -> Array:
+  """The `stop` that never stops."""
+  del snapshot
+  return jnp.zeros_like(batch.is_real)
+
+
+def success(batch: Batch, snapshot: Snapshot) -> Array:
+  """Whether the target is predicted, bool[B]."""
+  return jnp.argmax(snapshot.logits, axis=-1) == batch.target
+
+
+def adv2(
+  clf: Classifier,
+  interpreter: Interpreter,
+  perturbation: Perturbation,
+  tx: optax.GradientTransformation,
+  *,
+  weight: optax.ScalarOrSchedule,
+  key: Key,
+  prediction: PredictionLoss = losses.targeted_xent,
+  distance: MapDistance = losses.map_mse,
+  stop: Stop = never,
+) -> Attack:
+  """The joint attack on classifier and interpreter, equation (1) of ADV².
+
+  Args:
+    clf: the classifier f.
+    interpreter: the interpreter g; `no_map` for an attack on f alone.
+    perturbation: the set P(x0).
+    tx: the optimiser, vmapped over examples; PGD is `optax.sign_sgd(1/255)`.
+    weight: λ, a number or a function of the step.
+    key: one key; an example's numbers come from it, its `example_id` and the step.
+    prediction: l_prd.
+    distance: l_int, on maps [B,h,w].
+    stop: which examples need no further step; their state is held from there on.
+  """
+  schedule = weight if callable(weight) else lambda _: weight
+
+  def keys_at(batch: Batch, step: Array) -> Key:
+    fold = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step)  # noqa: E731
+    return jax.vmap(fold)(batch.example_id)
+
+  def init(batch: Batch, delta: PyTree | None = None) -> AttackState:
+    keys = keys_at(batch, jnp.int32(0))
+    if delta is None:
+      delta = perturbation.init(batch.x, keys)
+    carry = interpreter.begin(clf, perturbation.apply(batch.x, delta), batch.target, keys)
+    return AttackState(delta, jax.vmap(tx.init)(delta), carry, ~batch.is_real, jnp.int32(0))
+
+  def loss(delta: PyTree, batch: Batch, state: AttackState) -> tuple[Array, tuple]:
+    x = perturbation.apply(batch.x, delta)
+    keys = keys_at(batch, state.step + 1)
+    seen = interpreter.unroll(clf, x, batch.target, state.carry, keys)
+    logits = clf(x).logits if seen.logits is None else seen.logits
+    l_prd = prediction(logits, batch.target)
+    l_int = _map_loss(seen, batch, distance)
+    penalty = perturbation.penalty(delta)
+    total = l_prd + schedule(state.step) * l_int + seen.extra + penalty
+    snapshot = Snapshot(state.step, x, Terms(total, l_prd, l_int, penalty), logits)
+    return jnp.sum(total), (snapshot, seen.carry)  # a sum: each example gets its own gradient
+
+  def step(batch: Batch, state: AttackState) -> tuple[AttackState, Snapshot]:
+    grads, (snapshot, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
+    updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
+    delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
+    done = state.done | stop(batch, snapshot)
+    held = (state.delta, state.opt_state, state.carry)
+    moved = where(done, held, (delta, opt_state, carry))
+    return AttackState(*moved, done, state.step + 1), snapshot
+
+  return Attack(init, step, lambda batch, state: state.delta)
+
+
+def pgd(
+  clf: Classifier,
+  perturbation: Perturbation,
+  tx: optax.GradientTransformation,
+  *,
+  key: Key,
+  prediction: PredictionLoss = losses.targeted_xent,
+  stop: Stop = never,
+) -> Attack:
+  """The attack on the classifier alone: `adv2` without an interpreter (Madry et al. 2018)."""
+  return adv2(
+    clf, no_map(), perturbation, tx, weight=0.0, key=key, prediction=prediction, stop=stop
+  )
+
+
+def no_map() -> Interpreter:
+  """The interpreter that explains nothing."""
+
+  def unroll(params, clf, x, y, carry, keys) -> Unrolled:  # noqa: ANN001
+    del params, y, keys
+    return Unrolled(None, carry, jnp.zeros(len(x)), clf(x).logits)
+
+  explain = lambda params, clf, x, y, keys: jnp.zeros((len(x), 1, 1))  # noqa: E731
+  return Interpreter((), explain, unroll, lambda *_: (), name='none', passes=(0, 2))
+
+
+class BestState(NamedTuple):
+  """An attack's state, and the best iterate so far with its score."""
+
+  inner: AttackState
+  delta: PyTree
+  score: Array  # f32[B]
+
+  @property
+  def done(self) -> Array:
+    """bool[B]."""
+    return self.inner.done
+
+
+def track_best(attack: Attack, score: Score, *, every: int = 1) -> Attack:
+  """Delivers, per example, the iterate of lowest `score` instead of the last one.
+
+  Every iterate is scored as it is evaluated, so this costs nothing when the score needs only the
+  snapshot. A score with network passes of its own can be asked for every n-th step only. The last
+  iterate is scored by `result`, with a forward pass and no gradient.
+  """
+
+  def keep(batch: Batch, state: BestState, snapshot: Snapshot) -> tuple[PyTree, Array]:
+    now = score(batch, snapshot)
+    better = (now < state.score) & ~state.inner.done
+    return where(better, (state.inner.delta, now), (state.delta, state.score))
+
+  def init(batch: Batch, delta: PyTree | None = None) -> BestState:
+    inner = attack.init(batch, delta)
+    return BestState(inner, inner.delta, jnp.full(len(batch.x), jnp.inf))
+
+  def step(batch: Batch, state: BestState) -> tuple[BestState, Snapshot]:
+    inner, snapshot = attack.step(batch, state.inner)
+    if every == 1:
+      best = keep(batch, state, snapshot)
+    else:
+      best = jax.lax.cond(
+        (state.inner.step + 1) % every == 0,
+        lambda: keep(batch, state, snapshot),
+        lambda: (state.delta, state.score),
+      )
+    return BestState(inner, *best), snapshot
+
+  def result(batch: Batch, state: BestState) -> PyTree:
+    _, snapshot = attack.step(batch, state.inner)  # its gradient is unused, so XLA drops it
+    return keep(batch, state, snapshot)[0]
+
+  return Attack(init, step, result)
+
+
+def staged(*stages: tuple[Attack, int]) -> Schedule:
+  """Stages of (attack, number of steps); each starts from what the one before delivers."""
+  return stages
+
+
+def run_chunk(attack: Attack, batch: Batch, state: PyTree, n: int) -> tuple[PyTree, Snapshot]:
+  """n steps under `lax.scan`; returns the state and the last step's snapshot."""
+  blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(attack.step, batch, state)[1])
+
+  def body(carry: tuple, _: None) -> tuple[tuple, None]:
+    return attack.step(batch, carry[0]), None
+
+  return jax.lax.scan(body, (state, blank), length=n)[0]
+
+
+def run(schedule: Schedule, batch: Batch, *, every: int) -> tuple[PyTree, list[Snapshot]]:
+  """All stages in one traced program; a snapshot each `every` steps.
+
+  Returns:
+    delta of the last stage, and per stage its snapshots stacked on a leading axis.
+  """
+  delta, history = None, []
+  for attack, steps in schedule:
+    state = attack.init(batch, delta)
+
+    def chunk(state: PyTree, _: None, attack: Attack = attack) -> tuple[PyTree, Snapshot]:
+      return run_chunk(attack, batch, state, every)
+
+    state, snapshots = jax.lax.scan(chunk, state, length=steps // every)
+    if steps % every:
+      state, _ = run_chunk(attack, batch, state, steps % every)
+    delta = attack.result(batch, state)
+    history.append(snapshots)
+  return delta, history
+
+
+def where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
+  """Per example: `a` where the condition [B] holds, else `b`; every leaf has the batch first."""
+  pick = lambda u, v: jnp.where(condition.reshape(-1, *[1] * (u.ndim - 1)), u, v)  # noqa: E731
+  return jax.tree.map(pick, a, b)
+
+
+def _map_loss(seen: Unrolled, batch: Batch, distance: MapDistance) -> Array:
+  """Mean over the T look-ahead maps, sum over interpreters, [B]."""
+  if seen.maps is None:
+    return jnp.zeros(len(batch.x))
+  over_time = jax.vmap(distance, in_axes=(0, None))
+  per_map = jax.tree.map(lambda m, t: over_time(m, t).mean(0), seen.maps, batch.target_map)
+  return jax.tree.reduce(jnp.add, per_map)

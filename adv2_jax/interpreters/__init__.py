@@ -1,0 +1,40 @@
+"""Interpreters: each a factory that returns an `Interpreter`; a new one is `from_map` and a formula."""
+
+from collections.abc import Callable
+
+from adv2_jax.interpreters.base import avg_pool, from_map, min_max
+from adv2_jax.interpreters.cam import cam, grad_cam
+from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
+from adv2_jax.types import InputError, Interpreter
+
+FACTORIES: dict[str, Callable[..., Interpreter]] = {
+  'grad': grad,
+  'cam': cam,
+  'grad_cam': grad_cam,
+  'input_x_gradient': input_x_gradient,
+  'integrated_gradients': integrated_gradients,
+  'smooth_grad': smooth_grad,
+}
+
+
+def build(name: str, image_size: int = 224) -> Interpreter:
+  """The interpreter of that name with the settings usual for that image size (px)."""
+  if name not in FACTORIES:
+    raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(FACTORIES)}')
+  takes_pool = name in ('grad', 'input_x_gradient', 'integrated_gradients', 'smooth_grad')
+  return FACTORIES[name](**({'pool': 4 if image_size > 64 else 2} if takes_pool else {}))
+
+
+__all__ = [
+  'FACTORIES',
+  'avg_pool',
+  'build',
+  'cam',
+  'from_map',
+  'grad',
+  'grad_cam',
+  'input_x_gradient',
+  'integrated_gradients',
+  'min_max',
+  'smooth_grad',
+]

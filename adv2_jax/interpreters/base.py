@@ -1,0 +1,84 @@
+"""What interpreters share: building one from a function, normalising and pooling maps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adv2_jax.types import Array, Carry, Image, Interpreter, Key, Label, Map, PyTree, Unrolled
+
+# (params, clf, x, y, keys) -> (map [B,h,w], logits [B,K] or None)
+MapFn = Callable[[PyTree, Any, Image, Label, Key], tuple[Map, Array | None]]
+
+
+def from_map(
+  explain: MapFn,
+  attacked: MapFn | None = None,
+  *,
+  params: PyTree = (),
+  name: str = 'custom',
+  passes: tuple[int, int] = (1, 2),
+) -> Interpreter:
+  """An interpreter without state between attack steps, from its map function.
+
+  Args:
+    explain: (params, clf, x, y, keys[B]) -> (map f32[B,h,w] in [0,1], logits or None). Logits of
+      the same pass save the attack a forward pass of its own.
+    attacked: the same map made differentiable in x; None when `explain` is so already.
+    params: the interpreter's own weights.
+    name: short name, used in files and tables.
+    passes: see `Interpreter.passes`.
+  """
+  differentiable = attacked or explain
+
+  def explain_fn(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
+    return explain(params, clf, x, y, keys)[0]
+
+  def unroll_fn(
+    params: PyTree, clf: Any, x: Image, y: Label, carry: Carry, keys: Key
+  ) -> Unrolled:
+    maps, logits = differentiable(params, clf, x, y, keys)
+    return Unrolled(maps[None], carry, jnp.zeros(len(x)), logits)
+
+  return Interpreter(
+    params,
+    explain_fn,
+    unroll_fn,
+    lambda *_: (),
+    name=name,
+    passes=passes,
+    exact=attacked is None,
+  )
+
+
+def min_max(maps: Array) -> Map:
+  """(m − min m) / (max m − min m) per map, [B,h,w] -> [0,1]; a constant map gives zeros."""
+  low = jnp.min(maps, axis=(1, 2), keepdims=True)
+  spread = jnp.max(maps, axis=(1, 2), keepdims=True) - low
+  flat = spread <= 0
+  return jnp.where(flat, 0.0, (maps - low) / jnp.where(flat, 1.0, spread))
+
+
+def avg_pool(maps: Array, size: int) -> Array:
+  """Means over size×size cells, [B,H,W] -> [B,H/size,W/size]; a ragged rim is cut off."""
+  b, h, w = maps.shape[0], maps.shape[1] // size, maps.shape[2] // size
+  cells = maps[:, : h * size, : w * size].reshape(b, h, size, w, size)
+  return jnp.mean(cells, axis=(2, 4))
+
+
+def class_logit(logits: Array, y: Label) -> Array:
+  """z_y, [B]."""
+  return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
+
+
+def input_gradient(
+  forward: Callable[[Image], Array], x: Image, score: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+  """∂(Σ_b score(logits)_b)/∂x [B,H,W,C] and the logits, from one forward and one backward pass."""
+
+  def total(x: Image) -> tuple[Array, Array]:
+    logits = forward(x)
+    return jnp.sum(score(logits)), logits
+
+  return jax.grad(total, has_aux=True)(x)

@@ -1,0 +1,82 @@
+"""Representation interpreters: CAM and Grad-CAM, both from the head's own derivative."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adv2_jax.interpreters.base import class_logit, from_map, min_max
+from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map, PyTree
+
+
+def _head_gradient(clf: Any, features: Array, y: Label) -> Array:
+  """∂z_y/∂A, [B,h,w,F]."""
+  return jax.grad(lambda a: jnp.sum(class_logit(clf.head(a), y)))(features)
+
+
+@functools.lru_cache(maxsize=64)
+def _pools_globally(
+  head_fn: Callable[[PyTree, Array], Array], treedef: Any, leaves: tuple, feature_shape: tuple
+) -> bool:
+  """Whether ∂z_y/∂A is the same at every place, tried on made-up parameters and features.
+
+  Made-up, because the true ones may be tracers; a head that pools globally does so with any.
+  """
+  with jax.ensure_compile_time_eval():
+    made_up = [
+      jnp.asarray(np.resize(np.cos(np.arange(1, 8192)), shape).astype(dtype))
+      for shape, dtype in leaves
+    ]
+    params = jax.tree.unflatten(treedef, made_up)
+    features = np.resize(1 + np.sin(np.arange(1, 4097)), (1, *feature_shape)).astype(np.float32)
+    g = jax.grad(lambda a: head_fn(params, a)[0, 0])(jnp.asarray(features))
+  g = np.asarray(g, np.float64)
+  return bool(np.abs(g - g.mean(axis=(1, 2), keepdims=True)).max() <= 1e-4 * np.abs(g).max())
+
+
+def _require_global_pooling(clf: Any, features: Array) -> None:
+  leaves, treedef = jax.tree.flatten(clf.params)
+  shapes = tuple((tuple(np.shape(v)), str(jnp.result_type(v))) for v in leaves)
+  if not _pools_globally(clf.head_fn, treedef, shapes, features.shape[1:]):
+    raise InputError(
+      'CAM needs a head that averages the features over all places (global average pooling) '
+      'before its weights; this head treats places differently: use interpreters.grad_cam()'
+    )
+
+
+def cam() -> Interpreter:
+  """CAM: m = minmax(Σ_k w_{y,k} A_k), A = taps['features'] (Zhou et al. 2016).
+
+  The weights come from the head's derivative, ∂z_y/∂A_k = w_{y,k}/(h·w), not from a layer's name;
+  the factor cancels in min-max. Raises InputError when the head does not pool globally.
+  """
+
+  def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
+    del params, keys
+    out = clf(x)
+    features = out.taps['features']
+    _require_global_pooling(clf, features)
+    return min_max(jnp.sum(_head_gradient(clf, features, y) * features, axis=-1)), out.logits
+
+  return from_map(explain, name='cam', passes=(1, 2))
+
+
+def grad_cam() -> Interpreter:
+  """Grad-CAM: m = r / max r, r = ReLU(Σ_k ᾱ_k A_k), ᾱ = mean over places of ∂z_y/∂A (Selvaraju 2017).
+
+  A = taps['features']. Any head will do. A map without positive evidence is zero.
+  """
+
+  def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
+    del params, keys
+    out = clf(x)
+    features = out.taps['features']
+    weights = jnp.mean(_head_gradient(clf, features, y), axis=(1, 2), keepdims=True)
+    evidence = jax.nn.relu(jnp.sum(weights * features, axis=-1))
+    top = jnp.max(evidence, axis=(1, 2), keepdims=True)
+    return jnp.where(top > 0, evidence / jnp.where(top > 0, top, 1.0), 0.0), out.logits
+
+  return from_map(explain, name='grad_cam', passes=(1, 2))

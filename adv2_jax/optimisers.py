@@ -1,0 +1,67 @@
+"""Optax transformations that optax lacks. All are vmapped over examples by the attack loop."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adv2_jax.types import Array, PyTree
+
+
+class TorchAmsgradState(NamedTuple):
+  """Step count, first and second moments, and the running maximum of the raw second moment."""
+
+  count: Array
+  mu: PyTree
+  nu: PyTree
+  nu_max: PyTree
+
+
+def torch_amsgrad(
+  learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+  """Adam(amsgrad=True) as PyTorch computes it: −lr · m̂ / (√(max_s v_s) / √(1−β2ᵗ) + ε).
+
+  Differs from `optax.amsgrad`, which takes the maximum of the bias-corrected moment (optax issue
+  1389): early, noisy second moments are inflated there and hold the step down for good.
+  """
+
+  def init(params: PyTree) -> TorchAmsgradState:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return TorchAmsgradState(jnp.zeros([], jnp.int32), zeros, zeros, zeros)
+
+  def update(
+    grads: PyTree, state: TorchAmsgradState, params: PyTree = None
+  ) -> tuple[PyTree, TorchAmsgradState]:
+    del params
+    count = state.count + 1
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+    nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+    m_scale, v_scale = 1 - b1**count, jnp.sqrt(1 - b2**count)
+    updates = jax.tree.map(
+      lambda m, v: -learning_rate * (m / m_scale) / (jnp.sqrt(v) / v_scale + eps), mu, nu_max
+    )
+    return updates, TorchAmsgradState(count, mu, nu, nu_max)
+
+  return optax.GradientTransformation(init, update)
+
+
+def normalise_l1() -> optax.GradientTransformation:
+  """g / mean|g|: makes momentum blind to the scale of the loss (Dong et al. 2018, MI-FGSM)."""
+  return optax.stateless(
+    lambda g, _: jax.tree.map(lambda v: v / (jnp.mean(jnp.abs(v)) + 1e-20), g)
+  )
+
+
+def sign_momentum(
+  learning_rate: optax.ScalarOrSchedule, decay: float = 0.75
+) -> optax.GradientTransformation:
+  """−α_t · sign(Σ_s decay^{t−s} g_s/mean|g_s|): sign steps with momentum (MI-FGSM)."""
+  return optax.chain(
+    normalise_l1(),
+    optax.trace(decay),
+    optax.scale_by_sign(),
+    optax.scale_by_learning_rate(learning_rate),
+  )
