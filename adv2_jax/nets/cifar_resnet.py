@@ -24,6 +24,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """[B,H,W,C] -> [B,H/stride,W/stride,features]."""
     y = Conv(self.features, 3, self.stride, 1, dtype=self.dtype, name='conv1')(x)
     y = self.act(BatchNorm(self.dtype, name='bn1')(y, train))
     y = Conv(self.features, 3, 1, 1, dtype=self.dtype, name='conv2')(y)
@@ -49,6 +50,7 @@ class CifarResNet(nn.Module):
   dtype: Any = None
 
   def setup(self):
+    """The head's layer, which `__call__` and `head` share."""
     self.linear = nn.Dense(self.num_classes)
 
   @nn.compact

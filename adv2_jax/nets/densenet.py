@@ -21,6 +21,7 @@ class DenseLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """[B,H,W,C] -> [B,H,W,32], to be appended to the input."""
     x = self.act(BatchNorm(self.dtype, name='norm1')(x, train))
     x = Conv(4 * GROWTH, 1, dtype=self.dtype, name='conv1')(x)
     x = self.act(BatchNorm(self.dtype, name='norm2')(x, train))
@@ -43,6 +44,7 @@ class DenseNet(nn.Module):
   dtype: Any = None
 
   def setup(self):
+    """The head's layer, which `__call__` and `head` share."""
     self.classifier = nn.Dense(self.num_classes)
 
   @nn.compact

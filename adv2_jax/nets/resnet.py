@@ -30,6 +30,7 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """[B,H,W,C] -> [B,H/stride,W/stride,features]."""
     y = Conv(self.features, 3, self.stride, 1, dtype=self.dtype, name='conv1')(x)
     y = self.act(BatchNorm(self.dtype, name='bn1')(y, train))
     y = Conv(self.features, 3, 1, 1, dtype=self.dtype, name='conv2')(y)
@@ -48,6 +49,7 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """[B,H,W,C] -> [B,H/stride,W/stride,4·features]."""
     out = self.features * self.expansion
     y = Conv(self.features, 1, dtype=self.dtype, name='conv1')(x)
     y = self.act(BatchNorm(self.dtype, name='bn1')(y, train))
@@ -84,6 +86,7 @@ class ResNet(nn.Module):
   dtype: Any = None
 
   def setup(self):
+    """The head's layer, which `__call__` and `head` share."""
     self.fc = nn.Dense(self.num_classes)
 
   @nn.compact

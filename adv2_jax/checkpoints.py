@@ -1,0 +1,432 @@
+"""Weights: torchvision's tensor names on one side, Flax variables on the other; never a pickle.
+
+A checkpoint is a flat dict of tensors under torch's names and layouts (`layer1.0.conv1.weight`,
+OIHW). The nets name their modules as torch does, so the mapping needs no table: a parameter's path,
+joined by dots, is its tensor's name, up to the leaf.
+
+    ('params', 'layer1.0', 'conv1', 'kernel')              layer1.0.conv1.weight, HWIO <-> OIHW
+    ('params', 'fc', 'kernel')                             fc.weight, transposed
+    ('params', 'layer1.0', 'bn1', 'norm', 'scale')         layer1.0.bn1.weight
+    ('batch_stats', 'layer1.0', 'bn1', 'norm', 'mean')     layer1.0.bn1.running_mean
+
+Weights may come with a card: a JSON file of the same stem with `CARD_FIELDS`. A card's sha256 is
+checked before its weights are used.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from adv2_jax import nets
+from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
+from adv2_jax.types import InputError, PyTree
+
+Tensors = dict[str, np.ndarray]
+Path = tuple[str, ...]
+
+CARD_FIELDS = ('model', 'num_classes', 'mean', 'std', 'accuracy', 'command', 'sha256')
+HEADS = ('fc.weight', 'classifier.weight', 'linear.weight')  # [K,F], by family of nets
+PICKLES = ('.pth', '.pt', '.th', '.pkl', '.pickle', '.bin', '.ckpt', '.tar')
+SOURCES = (
+  'a built-in name, FILE.npz, FILE.safetensors, an orbax directory or hf://owner/name[/FILE]'
+)
+
+_PACKAGE = pathlib.Path(__file__).parent
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+_OLD_DENSENET = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)\.')
+
+
+# --- names and layouts ----------------------------------------------------------------------------
+
+
+def torch_name(path: Path) -> str:
+  """The tensor name of a variable's path; see the module's table."""
+  _, *modules, leaf = path
+  if modules[-1] == 'norm':  # the nn.BatchNorm inside layers.BatchNorm
+    modules.pop()
+  return '.'.join([*modules, _LEAVES.get(leaf, leaf)])
+
+
+def to_tensors(variables: PyTree) -> Tensors:
+  """Flax variables {'params', 'batch_stats'} as tensors with torch's names and layouts."""
+  return {
+    torch_name(path): _torch_layout(path, np.asarray(leaf)) for path, leaf in _flat(variables)
+  }
+
+
+def from_tensors(template: PyTree, tensors: Mapping[str, np.ndarray], source: str) -> PyTree:
+  """The inverse of `to_tensors`, in float32.
+
+  Args:
+    template: variables or their shapes (`jax.eval_shape`): what there must be.
+    tensors: by torch name, of any float dtype.
+    source: what the message calls the weights.
+
+  Raises:
+    InputError: the first tensor, in order of names, that is missing, unexpected, mis-shaped or not
+      finite; and which net of the zoo the tensors do fit, if one.
+  """
+  paths = {torch_name(path): path for path, _ in _flat(template)}
+  shapes = _shapes(template)
+  for name in sorted(shapes.keys() | tensors.keys()):
+    if name not in tensors:
+      problem = f'tensor {name!r} {list(shapes[name])} is missing'
+    elif name not in shapes:
+      problem = f'tensor {name!r} {list(tensors[name].shape)} is unexpected'
+    elif tensors[name].shape != shapes[name]:
+      problem = (
+        f'tensor {name!r} has shape {list(tensors[name].shape)}, expected {list(shapes[name])}'
+      )
+    elif not np.isfinite(tensors[name].astype(np.float32)).all():
+      raise InputError(
+        f'{source}: tensor {name!r} holds NaN or infinite values; get the file again or retrain'
+      )
+    else:
+      continue
+    found = identify(tensors)
+    if found:
+      remedy = f'these are the weights of {found} with {_num_classes(tensors)} classes'
+    else:
+      remedy = 'no net of the zoo fits; give weights of the chosen model'
+    raise InputError(f'{source}: {problem}; {remedy}')
+  return traverse_util.unflatten_dict(
+    {
+      path: jnp.asarray(_flax_layout(path, np.asarray(tensors[name], np.float32)))
+      for name, path in paths.items()
+    }
+  )
+
+
+def load_variables(
+  module: nn.Module, tensors: Mapping[str, np.ndarray], source: str = 'weights'
+) -> PyTree:
+  """The variables {'params', 'batch_stats'} of a zoo net from tensors; errors: `from_tensors`."""
+  return from_tensors(_template(module), tensors, source)
+
+
+def identify(tensors: Mapping[str, np.ndarray]) -> str | None:
+  """The zoo's net that has exactly these names and shapes, or None."""
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  for name in nets.ZOO:
+    module = nets.build(name, num_classes=_num_classes(tensors) or 1)
+    if _shapes(_template(module)) == shapes:
+      return name
+  return None
+
+
+def _num_classes(tensors: Mapping[str, np.ndarray]) -> int | None:
+  return next((tensors[name].shape[0] for name in HEADS if np.ndim(tensors.get(name)) == 2), None)
+
+
+def _template(module: nn.Module) -> PyTree:
+  return jax.eval_shape(
+    module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  )
+
+
+def _flat(variables: PyTree) -> list[tuple[Path, Any]]:
+  return list(traverse_util.flatten_dict(dict(variables)).items())
+
+
+def _shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
+  empty = ((path, np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in _flat(variables))
+  return {torch_name(path): _torch_layout(path, leaf).shape for path, leaf in empty}
+
+
+def _torch_layout(path: Path, x: np.ndarray) -> np.ndarray:
+  if path[-1] != 'kernel':
+    return x
+  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+
+
+def _flax_layout(path: Path, x: np.ndarray) -> np.ndarray:
+  if path[-1] != 'kernel':
+    return x
+  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def canonical(tensors: Mapping[str, np.ndarray]) -> Tensors:
+  """Tensors under the names used here.
+
+  Drops `num_batches_tracked` (a counter that torch keeps) and the prefix `module.` (of
+  DataParallel), and writes the `norm.1` of old DenseNet files as `norm1`.
+  """
+  return {
+    _OLD_DENSENET.sub(r'\1\2.', name.removeprefix('module.')): tensor
+    for name, tensor in tensors.items()
+    if not name.endswith('num_batches_tracked')
+  }
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def built_in() -> dict[str, pathlib.Path]:
+  """The built-in weights by name: `_builtin/` once installed, `checkpoints/` in the tree."""
+  folder = _PACKAGE / '_builtin'
+  if not folder.is_dir():
+    folder = _PACKAGE.parent / 'checkpoints'
+  return {path.stem: path for path in sorted(folder.glob('*.safetensors'))}
+
+
+def resolve(source: str | os.PathLike) -> pathlib.Path:
+  """The local file or directory of a weights source; downloads from the hub if need be.
+
+  Raises:
+    InputError: nothing is there, or it is a pickle, which is never opened.
+  """
+  text = os.fspath(source)
+  if text.endswith(PICKLES):
+    raise _pickle_error(text)
+  if text.startswith('hf://'):
+    return _download(text)
+  path = built_in().get(text, pathlib.Path(text))
+  if not path.exists():
+    known = ', '.join(built_in()) or 'none'
+    raise InputError(f'no weights at {text!r}; expected {SOURCES} (built in: {known})')
+  return path
+
+
+def read_card(path: pathlib.Path) -> dict[str, Any]:
+  """The card beside the weights at `path`; {} when there is none and they are not built in."""
+  card_path, required = path.with_suffix('.json'), path in built_in().values()
+  if not card_path.exists() and not required:
+    return {}
+  try:
+    card = json.loads(card_path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as e:
+    raise InputError(f'{card_path}: not a readable card ({e}); write it again or remove it') from e
+  missing = [field for field in CARD_FIELDS if field not in card]
+  if missing and required:
+    raise InputError(f'{card_path}: the card lacks {missing[0]!r}; train the checkpoint again')
+  return {} if missing else card
+
+
+def read_tensors(source: str | os.PathLike) -> Tensors:
+  """All tensors of a weights source, by canonical torch name, in the dtypes stored.
+
+  Args:
+    source: a built-in name, FILE.npz, FILE.safetensors, a directory that orbax wrote from Flax
+      variables, or hf://owner/name[/FILE] (FILE defaults to model.safetensors).
+
+  Raises:
+    InputError: missing, empty, truncated or of another format; differs from its card's sha256; a
+      pickle, which is refused with the command that converts it.
+  """
+  path = resolve(source)
+  if path.is_dir():
+    return canonical(to_tensors(_read_orbax(path)))
+  if path.stat().st_size == 0:
+    raise InputError(f'{path}: the file is empty; get it again')
+  expected = read_card(path).get('sha256') or _hub_sha256(path)
+  if expected and _sha256(path.read_bytes()) != expected:
+    raise InputError(f'{path}: the sha256 is not the recorded {expected}; get the file again')
+  if path.suffix == '.npz':
+    return canonical(_read_npz(path))
+  if path.suffix == '.safetensors':
+    return canonical(_read_safetensors(path))
+  raise InputError(f'{path}: unknown weights format {path.suffix!r}; expected {SOURCES}')
+
+
+def _read_npz(path: pathlib.Path) -> Tensors:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = archive.namelist()
+    if any(member.endswith('data.pkl') for member in members):
+      raise _pickle_error(path)
+    with np.load(path, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except InputError:
+    raise
+  except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    raise _broken(path, 'an .npz archive of plain arrays', e) from e
+
+
+def _read_safetensors(path: pathlib.Path) -> Tensors:
+  try:
+    return safetensors.numpy.load_file(path)
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
+    raise _broken(path, 'a safetensors file', e) from e
+
+
+def _read_orbax(path: pathlib.Path) -> PyTree:
+  import orbax.checkpoint.experimental.v1 as ocp  # slow to import, and the only import of it
+
+  try:
+    # Asking for NumPy leaves makes loading independent of the devices that wrote the checkpoint.
+    shapes = ocp.metadata(path.absolute()).metadata
+    tree = ocp.load(path.absolute(), jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes))
+  except Exception as e:  # orbax documents no exception types; whatever it says becomes one line
+    raise _broken(path, 'an orbax checkpoint', e) from e
+  if not isinstance(tree, Mapping) or 'params' not in tree:
+    raise InputError(f'{path}: the checkpoint has no "params"; save {{params, batch_stats}}')
+  return {name: tree[name] for name in ('params', 'batch_stats') if name in tree}
+
+
+def _download(source: str) -> pathlib.Path:
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  owner, name, file = [*source.removeprefix('hf://').split('/', 2), '', ''][:3]
+  if not (owner and name):
+    raise InputError(f'weights {source!r} name no repository; expected hf://owner/name[/FILE]')
+  try:
+    return pathlib.Path(
+      huggingface_hub.hf_hub_download(f'{owner}/{name}', file or 'model.safetensors')
+    )
+  except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, ValueError) as e:
+    raise InputError(f'cannot get {source}: {_one_line(e)}') from e
+
+
+def _hub_sha256(path: pathlib.Path) -> str | None:
+  """The hub's cache names a large file by its sha256, which the client does not check."""
+  blob = path.resolve().name
+  return blob if re.fullmatch(r'[0-9a-f]{64}', blob) else None
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+def _one_line(e: Exception) -> str:
+  return next(iter(str(e).strip().splitlines()), '') or type(e).__name__
+
+
+def _broken(path: pathlib.Path, expected: str, e: Exception) -> InputError:
+  with path.open('rb') if path.is_file() else open(os.devnull, 'rb') as file:
+    head = file.read(2)
+  if head[:1] == b'\x80' and head[1:] in (b'\x02', b'\x03', b'\x04', b'\x05'):
+    return _pickle_error(path)
+  return InputError(f'{path}: not {expected}, or only part of one ({_one_line(e)}); get it again')
+
+
+def _pickle_error(path: str | os.PathLike) -> InputError:
+  text = os.fspath(path)
+  out = pathlib.PurePath(text.rpartition('/')[2] if text.startswith('hf://') else text)
+  return InputError(
+    f'{text} is a pickle, which can run code when opened, and is refused; convert it first: '
+    f'python -m experiments.convert {text} {out.with_suffix(".safetensors")}'
+  )
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> str:
+  """Writes the tensors, the whole file or nothing, and returns the file's sha256."""
+  content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+  _write_atomically(pathlib.Path(path), content)
+  return _sha256(content)
+
+
+def save_checkpoint(path: str | os.PathLike, variables: PyTree, card: Mapping[str, Any]) -> None:
+  """Writes weights (kernels as float16) and, beside them, their card completed by the sha256.
+
+  Raises:
+    InputError: the card lacks one of `CARD_FIELDS`, or a kernel is beyond float16.
+  """
+  path = pathlib.Path(path)
+  missing = [field for field in CARD_FIELDS if field not in card and field != 'sha256']
+  if missing:
+    raise InputError(f'the card of {path} lacks {missing[0]!r}; expected {", ".join(CARD_FIELDS)}')
+  tensors = to_tensors(variables)
+  for name, tensor in tensors.items():
+    if not np.abs(tensor).max() < np.finfo(np.float16).max:
+      raise InputError(f'{path}: tensor {name!r} is not finite in float16; lower the learning rate')
+  half = {k: v.astype(np.float16) if v.ndim > 1 else v for k, v in tensors.items()}
+  sha256 = write_safetensors(path, half)
+  text = json.dumps({**card, 'sha256': sha256}, indent=2) + '\n'
+  _write_atomically(path.with_suffix('.json'), text.encode())
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+    try:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+      os.replace(file.name, path)
+    except BaseException:
+      os.unlink(file.name)
+      raise
+
+
+# --- classifiers ----------------------------------------------------------------------------------
+
+
+def load_classifier(
+  name: str = 'scene_resnet',
+  weights: str | os.PathLike | None = None,
+  *,
+  mean: Sequence[float] | None = None,
+  std: Sequence[float] | None = None,
+  num_classes: int | None = None,
+  dtype: Any = None,
+) -> Classifier:
+  """A zoo net with its weights, ready to be attacked: images f32[B,H,W,3] in [0,1].
+
+  Loading the same net twice gives the same static functions, so nothing is traced anew.
+
+  Args:
+    name: a name of `nets.ZOO`.
+    weights: see `read_tensors`; None: the built-in weights of that name.
+    mean: per channel, of images in [0,1]; default: the card's, else ImageNet's.
+    std: as mean.
+    num_classes: default: as many as the head's tensor has.
+    dtype: of the computation, 'float32' (default) or 'bfloat16'; logits are always float32.
+
+  Raises:
+    InputError: unknown name, weights that cannot be read or do not fit, bad mean, std or dtype.
+  """
+  nets.build(name)  # an unknown name is told before a file is read
+  if weights is None:
+    if name not in built_in():
+      known = ', '.join(built_in()) or 'none'
+      raise InputError(
+        f'no built-in weights for {name!r} (built in: {known}); give weights: {SOURCES}'
+      )
+    weights = name
+  dtype_name = 'float32' if dtype is None else jnp.dtype(dtype).name
+  if dtype_name not in ('float32', 'bfloat16'):
+    raise InputError(f'dtype is {dtype_name}; expected float32 or bfloat16')
+  card = read_card(resolve(weights))
+  mean = _per_channel('mean', card.get('mean', IMAGENET_MEAN) if mean is None else mean)
+  std = _per_channel('std', card.get('std', IMAGENET_STD) if std is None else std)
+  tensors = read_tensors(weights)
+  num_classes = num_classes or _num_classes(tensors) or nets.DEFAULTS[name].num_classes
+  module, classifier = _empty_classifier(name, num_classes, mean, std, dtype_name)
+  return classifier.replace(params=load_variables(module, tensors, f'{weights} as {name}'))
+
+
+def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+  numbers = tuple(float(v) for v in values)
+  if len(numbers) != 3 or not np.isfinite(numbers).all():
+    raise InputError(f'{name} is {numbers}; expected three finite numbers, one per channel')
+  return numbers
+
+
+@functools.cache
+def _empty_classifier(
+  name: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], dtype: str
+) -> tuple[nn.Module, Classifier]:
+  """Memoised because a classifier's functions are static: new ones would trace everything anew."""
+  module = nets.build(
+    name, num_classes=num_classes, dtype=jnp.bfloat16 if dtype == 'bfloat16' else None
+  )
+  return module, from_linen(module, (), mean=mean, std=std)
