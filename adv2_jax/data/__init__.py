@@ -1,0 +1,108 @@
+"""Data sets: `load(name, data_path, …)` gives a `Dataset`; see `base` for what that is."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from adv2_jax.data import scenes as scene_lib
+from adv2_jax.data import sources
+from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
+from adv2_jax.data.masks import read_masks
+from adv2_jax.types import InputError
+
+__all__ = ['NAMES', 'Dataset', 'load', 'scenes']
+
+NAMES = ('scenes', *sources.TFDS, 'folder', 'npz', 'packed')
+
+
+def scenes(
+  split: str = 'test',
+  n: int = 2000,
+  seed: int = 0,
+  *,
+  image_size: int | None = None,
+  skip_corrupt: bool = False,
+) -> Dataset:
+  """The built-in scenes with their exact masks, drawn when asked for; see `data.scenes`.
+
+  Args:
+    split: 'train', 'validation' or 'test': disjoint streams of scenes.
+    n: how many; the first n of the stream.
+    seed: of the whole data set.
+    image_size: side to resize and crop to; None: 64 pixels.
+    skip_corrupt: has no effect; nothing here can be damaged.
+
+  Raises:
+    InputError: unknown split.
+  """
+  if split not in scene_lib.SPLITS:
+    raise InputError(f'scenes have no split {split!r}; they have: {", ".join(scene_lib.SPLITS)}')
+  if not 0 <= n <= 2**31:
+    raise InputError(f'number of scenes {n} is not in 0…2³¹')
+  # The last few are kept: image and mask of one example are usually asked for together.
+  render = functools.lru_cache(maxsize=64)(functools.partial(scene_lib.render, seed, split))
+  return Dataset(
+    name='scenes',
+    labels=np.arange(n) % len(scene_lib.CLASS_NAMES),
+    num_classes=len(scene_lib.CLASS_NAMES),
+    class_names=scene_lib.CLASS_NAMES,
+    decode=lambda i: render(i)[0],
+    describe=lambda i: f'scene {i} of {split}',
+    mask_of=lambda i: render(i)[1],
+    image_size=image_size,
+    skip_corrupt=skip_corrupt,
+  )
+
+
+def _with_masks(dataset: Dataset, masks: str | pathlib.Path | None) -> Dataset:
+  if masks is None:
+    return dataset
+  return dataclasses.replace(dataset, mask_of=read_masks(masks, len(dataset)))
+
+
+def load(
+  name: str,
+  data_path: str | pathlib.Path | None = None,
+  image_size: int | None = None,
+  split: str | None = None,
+  label_key: str = sources.LABEL_KEY,
+  masks: str | pathlib.Path | None = None,
+  skip_corrupt: bool = False,
+) -> Dataset:
+  """Opens a data set, and finds what is wrong with it before any work is done.
+
+  Sets of up to 1000 images are decoded once here; of a larger one, `check` the ids to be used.
+
+  Args:
+    name: one of `NAMES`.
+    data_path: the folder or file; for prepared tfds sets the tfds data directory (optional).
+    image_size: resize the shorter side to S·256/224 and cut the middle S×S out, where images have
+      another size; None keeps them.
+    split: for scenes and tfds sets; None for the one to evaluate on.
+    label_key: which array of a packed file holds the labels.
+    masks: file with the objects' masks or boxes, see `data.masks.read_masks`.
+    skip_corrupt: leave damaged images out (`num_skipped`) instead of stopping.
+
+  Raises:
+    InputError: whatever is wrong, in one line that names the file or value.
+  """
+  if name not in NAMES:
+    raise InputError(f'unknown data set {name!r}; expected one of {", ".join(NAMES)}')
+  options: dict[str, Any] = {'image_size': image_size, 'skip_corrupt': skip_corrupt}
+  if split is not None and name not in ('scenes', *sources.TFDS):
+    raise InputError(f'--split {split!r}: a {name} data set has no splits')
+  if label_key != sources.LABEL_KEY and name != 'packed':
+    raise InputError(f'--label_key {label_key!r}: only packed data sets have several label arrays')
+  if name == 'scenes':
+    return _with_masks(scenes(split or 'test', **options), masks)
+  if name in sources.TFDS:
+    dataset = sources.prepared_tfds(name, data_path, split, **options)
+  elif name == 'packed':
+    dataset = sources.packed(data_path, label_key, **options)
+  else:
+    dataset = {'folder': sources.folder, 'npz': sources.npz}[name](data_path, **options)
+  dataset = _with_masks(dataset, masks)
+  return dataset.check() if len(dataset) <= CHECK_ALL_UP_TO else dataset

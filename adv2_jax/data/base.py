@@ -1,0 +1,160 @@
+"""What a data set is here: labels up front, images decoded one by one when asked for."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from adv2_jax import images as image_lib
+from adv2_jax.types import InputError
+
+# Sets up to this size are decoded once when loaded, so that a damaged image stops a run at once.
+CHECK_ALL_UP_TO = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A labelled set of 8-bit images; an example's id is its index in the set.
+
+  Attributes:
+    name: e.g. 'scenes'.
+    labels: i32[N].
+    num_classes: labels are below it.
+    decode: id -> u8[H,W,3] as stored.
+    describe: id -> the example's name in messages, e.g. its file.
+    class_names: in label order, where known.
+    image_size: side to resize and crop to; None keeps images as they are.
+    mask_of: id -> bool[H,W] of the object in the image as stored, or as resized; None if unknown.
+    skip_corrupt: leave damaged images out, instead of stopping.
+    ids: i64[n], the examples to use, in order; all, less those found damaged.
+  """
+
+  name: str
+  labels: np.ndarray
+  num_classes: int
+  decode: Callable[[int], np.ndarray]
+  describe: Callable[[int], str]
+  class_names: tuple[str, ...] | None = None
+  image_size: int | None = None
+  mask_of: Callable[[int], np.ndarray | None] | None = None
+  skip_corrupt: bool = False
+  ids: np.ndarray | None = None
+
+  def __post_init__(self):
+    labels = check_labels(self.labels, self.num_classes, self.name)
+    object.__setattr__(self, 'labels', labels)
+    if self.ids is None:
+      object.__setattr__(self, 'ids', np.arange(len(labels)))
+    if self.image_size is not None and self.image_size < 1:
+      raise InputError(f'image_size {self.image_size} is not a positive number of pixels')
+
+  def __len__(self) -> int:
+    """Number of examples in the set, damaged ones included."""
+    return len(self.labels)
+
+  @property
+  def num_skipped(self) -> int:
+    """Number of damaged examples left out of `ids`."""
+    return len(self.labels) - len(self.ids)
+
+  def image(self, i: int) -> np.ndarray:
+    """Example i as u8[H,W,3], resized and cropped to `image_size` if that is set.
+
+    Raises:
+      InputError: the image cannot be decoded.
+    """
+    image = self.decode(int(i))
+    return image if self.image_size is None else image_lib.resize_crop(image, self.image_size)
+
+  def images(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Examples stacked, u8[n,H,W,3].
+
+    Raises:
+      InputError: they differ in size.
+    """
+    stack = [self.image(i) for i in ids]
+    for i, image in zip(ids, stack, strict=True):
+      self._check_shape(i, image.shape, ids[0], stack[0].shape)
+    return np.stack(stack)
+
+  def mask(self, i: int) -> np.ndarray | None:
+    """Where the object is in `image(i)`, bool[H,W]; None if not known or outside the crop.
+
+    Raises:
+      InputError: the mask fits neither the stored image nor the resized one.
+    """
+    mask = None if self.mask_of is None else self.mask_of(int(i))
+    if mask is None:
+      return None
+    stored = self.decode(int(i)).shape[:2]
+    final = stored if self.image_size is None else (self.image_size,) * 2
+    if mask.shape not in (stored, final):
+      sizes = ('×'.join(map(str, shape)) for shape in (mask.shape, stored, final))
+      raise InputError(
+        'the mask of image {} is {} pixels; expected {} as stored, or {} as used: choose '
+        '--image_size to suit --masks'.format(self.describe(int(i)), *sizes)
+      )
+    if mask.shape == stored and self.image_size is not None:
+      mask = image_lib.resize_crop(mask, self.image_size, nearest=True)
+    return mask if mask.any() else None
+
+  def check(self, ids: Sequence[int] | np.ndarray | None = None) -> 'Dataset':
+    """Decodes examples once, before any work: all, or those of `ids`.
+
+    Returns:
+      The same set; with `skip_corrupt`, less the damaged examples (ids stay as they are).
+
+    Raises:
+      InputError: an image is damaged (named), or of another size than the first; or none is left.
+    """
+    damaged, first = set(), None
+    for i in self.ids if ids is None else ids:
+      try:
+        shape = self.image(i).shape
+      except InputError:
+        if not self.skip_corrupt:
+          raise
+        damaged.add(int(i))
+        continue
+      self.mask(i)
+      first = first or (i, shape)
+      self._check_shape(i, shape, *first)
+    keep = np.array([i for i in self.ids if int(i) not in damaged], np.int64)
+    if not len(keep):
+      raise InputError(f'data set {self.name} has no readable image: check --data_path')
+    return dataclasses.replace(self, ids=keep)
+
+  def check_classes(self, num_classes: int) -> None:
+    """Raises InputError if a label is beyond a classifier of `num_classes`."""
+    check_labels(self.labels, num_classes, self.name)
+
+  def _check_shape(self, i, shape, first, first_shape) -> None:
+    if shape != first_shape:
+      size, first_size = ('×'.join(map(str, s[:2])) for s in (shape, first_shape))
+      raise InputError(
+        f'image {self.describe(int(i))} is {size} pixels, {self.describe(int(first))} is '
+        f'{first_size}: bring them to one size with --image_size'
+      )
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
+  """Labels as i32[N], all in [0, num_classes).
+
+  Raises:
+    InputError: there are none, or one is outside, or they are not integers.
+  """
+  labels = np.asarray(labels)
+  if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    raise InputError(
+      f'labels of {name} are {labels.dtype}{list(labels.shape)}: expected integers [N]'
+    )
+  if not len(labels):
+    raise InputError(f'data set {name} is empty: check --data_path and --split')
+  outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+  if len(outside):
+    i = outside[0]
+    raise InputError(
+      f'label {labels[i]} of example {i} of {name} is outside 0…{num_classes - 1}: '
+      'check --label_key and --model'
+    )
+  return labels.astype(np.int32)

@@ -1,0 +1,141 @@
+"""8-bit images on disk and on the device: reading, writing, rounding, resizing."""
+
+import os
+import pathlib
+import tempfile
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from adv2_jax.types import Image, InputError, Map
+
+
+def quantise(x: Image) -> Image:
+  """Rounds to the 8-bit grid, round(255·x)/255: what survives being saved.
+
+  The result is bit-equal to `from_uint8` of the saved file. Its gradient is zero.
+
+  Args:
+    x: f32[...] in [0,1]; values outside are clipped.
+
+  Returns:
+    f32[...] with `255·result` integral.
+  """
+  return jnp.round(jnp.clip(x, 0.0, 1.0) * 255.0) / 255.0
+
+
+def to_uint8(x: Any) -> np.ndarray:
+  """[0,1] floats to u8, by the same rounding as `quantise`, on the host."""
+  return np.round(np.clip(np.asarray(x, np.float32), 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def from_uint8(image: Any) -> np.ndarray:
+  """u8 to f32 in [0,1]: k/255, correctly rounded, on the host."""
+  return np.asarray(image, np.uint8).astype(np.float32) / np.float32(255)
+
+
+def upsample(maps: Map, hw: tuple[int, int]) -> Map:
+  """Bilinear interpolation with half-pixel centres, f32[B,h,w] to f32[B,H,W]."""
+  return jax.image.resize(maps, (maps.shape[0], *hw), 'bilinear', antialias=False)
+
+
+def _crop_box(hw: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+  """(width, height) to resize to, and the (left, top, right, bottom) to cut out of that."""
+  short = round(size * 256 / 224)
+  scale = short / min(hw)
+  height, width = (short if side == min(hw) else int(side * scale) for side in hw)
+  left, top = round((width - size) / 2), round((height - size) / 2)
+  return (width, height), (left, top, left + size, top + size)
+
+
+def resize_crop(image: np.ndarray, size: int, nearest: bool = False) -> np.ndarray:
+  """Resizes the shorter side to round(size·256/224) and cuts the middle out.
+
+  Nothing happens to an image that is size×size already. Bilinear with antialiasing, torchvision's
+  `Resize` and `CenterCrop` on PIL images.
+
+  Args:
+    image: u8[H,W,3], or bool[H,W] with `nearest`.
+    size: side of the result in pixels.
+    nearest: take the nearest pixel instead of interpolating; for masks.
+
+  Returns:
+    Array of the same type, [size,size,…].
+  """
+  if image.shape[:2] == (size, size):
+    return image
+  resized, box = _crop_box(image.shape[:2], size)
+  method = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.BILINEAR
+  return np.asarray(PIL.Image.fromarray(image).resize(resized, method).crop(box))
+
+
+def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+  image = PIL.ImageOps.exif_transpose(image)
+  if image.mode.startswith('I'):  # 16-bit grey: PIL would clip at 255 instead of scaling.
+    grey = np.clip(np.round(np.asarray(image, np.float64) / 257), 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+  if 'transparency' in image.info:
+    image = image.convert('RGBA')
+  return np.asarray(image.convert('RGB'))
+
+
+def read_image(file: str | os.PathLike | BinaryIO, name: str | None = None) -> np.ndarray:
+  """Decodes any common image file to u8[H,W,3].
+
+  EXIF rotation is applied; grey, palette, CMYK and 16-bit images become RGB; an alpha channel is
+  dropped.
+
+  Args:
+    file: path, or an open binary file.
+    name: what to call the file in an error; the path if not given.
+
+  Raises:
+    InputError: the file is missing, cut short or not an image.
+  """
+  name = name or str(file)
+  try:
+    with PIL.Image.open(file) as image:
+      image.load()
+      return _to_rgb(image)
+  except FileNotFoundError:
+    raise InputError(f'image {name} does not exist') from None
+  except Exception as error:  # PIL's decoders raise nearly everything on damaged files.
+    raise InputError(
+      f'image {name} cannot be decoded ({error}): replace it, or pass --skip_corrupt'
+    ) from None
+
+
+def write_atomic(path: str | os.PathLike, content: bytes) -> None:
+  """Writes a whole file or none: to a temporary name beside it, synced, then renamed."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+    try:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+      os.chmod(file.name, 0o644)
+      os.replace(file.name, path)
+    except BaseException:
+      os.unlink(file.name)
+      raise
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+  """Writes u8[H,W,3] (or u8[H,W]) losslessly and atomically."""
+  if image.dtype != np.uint8:
+    raise InputError(f'write_png takes uint8, got {image.dtype}: use images.to_uint8 first')
+  write_atomic(path, encode_png(image))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+  """PNG bytes of u8[H,W,3] or u8[H,W]."""
+  import io
+
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(image).save(buffer, 'PNG')
+  return buffer.getvalue()
