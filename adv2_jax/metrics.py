@@ -1,0 +1,418 @@
+"""What is measured, per example, on what an analyst would receive.
+
+That is the adversarial image rounded to 8 bits, the real network, and a freshly computed map of the
+class the analyst sees. Functions are pure and un-jitted (callers jit), take float32 and return one
+number per example, [B]; a map is f32[B,h,w] in [0,1], high = important. Means and rates are made on
+the host by `aggregate`, from the records of real examples.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from adv2_jax.classifier import Classifier
+from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
+
+MAP_FIELDS = (
+  'map_l1',
+  'map_l2',
+  'map_mse',
+  'map_iou',
+  'map_spearman',
+  'map_ssim',
+  'two_class_l1',
+  'pointing_game',
+  'energy_inside',
+)
+_Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def _check_pair(a: Array, b: Array, what: str = 'maps', rank: int = 3) -> None:
+  if a.shape != b.shape or a.ndim != rank:
+    expected = '[B,h,w]' if rank == 3 else '[B,H,W,C]'
+    raise InputError(
+      f'{what} have shapes {tuple(a.shape)} and {tuple(b.shape)}; '
+      f'expected two arrays of one shape {expected}: resize or add the batch axis first'
+    )
+
+
+# Distances between maps.
+
+
+def map_l1(a: Map, b: Map) -> Array:
+  """Mean |a − b| over the map's cells, in [0,1]."""
+  _check_pair(a, b)
+  return jnp.abs(a - b).mean((1, 2))
+
+
+def map_mse(a: Map, b: Map) -> Array:
+  """Mean (a − b)² over the map's cells, in [0,1]."""
+  _check_pair(a, b)
+  return jnp.square(a - b).mean((1, 2))
+
+
+def map_l2(a: Map, b: Map) -> Array:
+  """√ of the mean of (a − b)² over the map's cells, in [0,1]."""
+  return jnp.sqrt(map_mse(a, b))
+
+
+def _top_cells(m: Map, quantile: float) -> Array:
+  """bool[B,n]: cells above the map's quantile; when there are none, those at or above it.
+
+  numpy's linear quantile lies between two neighbouring order statistics and no cell lies strictly
+  between these, so `value > quantile` is `value > the lower one`: exact, without interpolation.
+  """
+  flat = m.reshape(m.shape[0], -1)
+  position = int(np.float32(quantile) * np.float32(flat.shape[1] - 1))  # float32, as numpy has it
+  threshold = jnp.sort(flat, axis=1)[:, position : position + 1]
+  above = flat > threshold
+  return jnp.where(above.any(1, keepdims=True), above, flat >= threshold)
+
+
+def map_iou(a: Map, b: Map, quantile: float = 0.8) -> Array:
+  """Intersection over union of the two maps' most important cells, in [0,1].
+
+  Each map is binarised by `value > its own quantile` (numpy's linear one; `≥` if that set is
+  empty, as in a constant map, whose set is then all cells).
+
+  Raises:
+    InputError: for shapes that differ or a quantile outside [0,1].
+  """
+  _check_pair(a, b)
+  if not 0 <= quantile <= 1:
+    raise InputError(f'quantile is {quantile}; expected a share in [0,1], such as 0.8')
+  in_a, in_b = _top_cells(a, quantile), _top_cells(b, quantile)
+  union = (in_a | in_b).sum(1)
+  return (in_a & in_b).sum(1) / jnp.maximum(union, 1).astype(jnp.float32)
+
+
+def spearman(a: Map, b: Map) -> Array:
+  """Spearman's rank correlation over cells, ties averaged, in [−1,1].
+
+  A constant map ranks nothing: the correlation with it is defined as 0 (scipy gives NaN).
+  """
+  _check_pair(a, b)
+
+  def centred_ranks(flat: Array) -> Array:
+    ordered = jnp.sort(flat)
+    first = jnp.searchsorted(ordered, flat, side='left')
+    last = jnp.searchsorted(ordered, flat, side='right')
+    # Twice the rank less its mean is an integer, so sums stay accurate in float32.
+    return (first + last - flat.size).astype(jnp.float32) / flat.size
+
+  rank_a, rank_b = (jax.vmap(centred_ranks)(m.reshape(m.shape[0], -1)) for m in (a, b))
+  scale = jnp.sqrt(jnp.square(rank_a).sum(1) * jnp.square(rank_b).sum(1))
+  rho = (rank_a * rank_b).sum(1) / jnp.where(scale > 0, scale, 1.0)
+  return jnp.clip(rho, -1.0, 1.0)
+
+
+def upsample(m: Map, image_size: tuple[int, ...]) -> Map:
+  """The maps at image size [B,H,W]: bilinear, half-pixel centres, edges repeated."""
+  return jax.image.resize(m, (m.shape[0], *image_size), 'bilinear')
+
+
+def ssim(a: Map, b: Map, image_size: tuple[int, ...]) -> Array:
+  """Structural similarity (Wang et al. 2004) of the maps up-sampled to image size, in [−1,1].
+
+  Gaussian window 11×11, σ 1.5, K1 .01, K2 .03, data range 1, population variances, averaged over
+  the positions where the window fits.
+
+  Raises:
+    InputError: for shapes that differ or an image smaller than the window.
+  """
+  _check_pair(a, b)
+  if min(image_size) < 11:
+    raise InputError(f'image_size is {image_size}; SSIM needs at least 11×11 pixels')
+  a, b = upsample(a, image_size), upsample(b, image_size)
+  window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+  window = (window / window.sum()).astype(np.float32)
+
+  def blur(z: Array) -> Array:
+    # Shifted sums: on CPU 27 times faster than a one-channel convolution, and nowhere rounded to
+    # half precision, which the differences below would not survive.
+    height, width = z.shape[1] - 10, z.shape[2] - 10
+    z = sum(w * z[:, k : k + height] for k, w in enumerate(window))
+    return sum(w * z[:, :, k : k + width] for k, w in enumerate(window))
+
+  n = a.shape[0]
+  moments = blur(jnp.concatenate([a, b, a * a, b * b, a * b]))
+  mean_a, mean_b, aa, bb, ab = (moments[i * n : (i + 1) * n] for i in range(5))
+  c1, c2 = 0.01**2, 0.03**2
+  luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+  variance = jnp.maximum(aa - mean_a**2, 0) + jnp.maximum(bb - mean_b**2, 0)
+  structure = (2 * (ab - mean_a * mean_b) + c2) / (variance + c2)
+  return (luminance * structure).mean((1, 2))
+
+
+# Maps of the true and of the target class.
+
+
+def two_class_maps(
+  clf: Classifier, interpreter: Interpreter, x: Image, y: Label, target: Label, key: Key
+) -> Array:
+  """f32[2,B,h,w]: fresh maps of the true class y and of the target class, in this order.
+
+  One explanation after the other, so that it is compiled once and memory is that of one.
+  """
+  return lax.map(lambda c: interpreter.explain(clf, x, c, key), jnp.stack([y, target]))
+
+
+def two_class_discrepancy(
+  clf: Classifier,
+  interpreter: Interpreter,
+  x0: Image,
+  x8: Image,
+  y: Label,
+  target: Label,
+  key: Key,
+) -> Array:
+  """Mean over c ∈ {y, target} of the L1 between the maps of x0 and of x8 for class c, in [0,1].
+
+  Boopathy et al. 2020, "Proper Network Interpretability Helps Adversarial Robustness in
+  Classification": an attack can hide its traces in one class's map, hardly in both.
+  """
+  clean = two_class_maps(clf, interpreter, x0, y, target, key)
+  return _mean_l1(clean, two_class_maps(clf, interpreter, x8, y, target, key))
+
+
+def _mean_l1(a: Array, b: Array) -> Array:
+  return jnp.abs(a - b).mean((0, 2, 3))
+
+
+# Localisation.
+
+
+def _check_mask(m: Map, mask: Array) -> None:
+  if m.ndim != 3 or mask.ndim != 3 or m.shape[0] != mask.shape[0]:
+    raise InputError(
+      f'maps have shape {tuple(m.shape)} and masks {tuple(mask.shape)}; '
+      'expected [B,h,w] and [B,H,W], one object mask at image size per map'
+    )
+
+
+def pointing_game(m: Map, mask: Array) -> Array:
+  """1 where the up-sampled map's maximum (first in case of ties) lies inside the mask, else 0.
+
+  Args:
+    m: the maps, f32[B,h,w].
+    mask: bool[B,H,W], the true object at image size.
+
+  Returns:
+    f32[B]; NaN where the mask is empty, because there is nothing to point at.
+
+  Source: Zhang et al. 2016, "Top-down Neural Attention by Excitation Backprop"; no tolerance
+  margin around the mask here.
+  """
+  _check_mask(m, mask)
+  n = m.shape[0]
+  inside = mask.astype(bool).reshape(n, -1)
+  peak = upsample(m, mask.shape[1:]).reshape(n, -1).argmax(1)
+  hit = jnp.take_along_axis(inside, peak[:, None], axis=1)[:, 0].astype(jnp.float32)
+  return jnp.where(inside.any(1), hit, jnp.nan)
+
+
+def energy_inside(m: Map, mask: Array) -> Array:
+  """Share of the up-sampled map's sum that lies inside the mask, in [0,1].
+
+  0 for a map that is zero everywhere; NaN where the mask is empty, as in `pointing_game`.
+  """
+  _check_mask(m, mask)
+  inside = mask.astype(bool)
+  full = upsample(m, mask.shape[1:])
+  total = full.sum((1, 2))
+  share = jnp.where(inside, full, 0.0).sum((1, 2)) / jnp.where(total > 0, total, 1.0)
+  return jnp.where(inside.any((1, 2)), share, jnp.nan)
+
+
+# Prediction and perturbation.
+
+
+def success(logits: Array, target: Label) -> Array:
+  """bool[B]: the target is predicted; never where a logit is not finite."""
+  return (logits.argmax(-1) == target) & jnp.isfinite(logits).all(-1)
+
+
+def confidence(logits: Array, target: Label) -> Array:
+  """f32[B]: the probability of the target class."""
+  probabilities = jax.nn.softmax(logits)
+  return jnp.take_along_axis(probabilities, target[:, None], axis=-1)[:, 0]
+
+
+def linf(x8: Image, x0: Image) -> Array:
+  """Largest |x8 − x0| over pixels and channels."""
+  _check_pair(x8, x0, 'images', 4)
+  return jnp.abs(x8 - x0).max((1, 2, 3))
+
+
+def l2(x8: Image, x0: Image) -> Array:
+  """Euclidean norm of x8 − x0 over pixels and channels."""
+  _check_pair(x8, x0, 'images', 4)
+  return jnp.sqrt(jnp.square(x8 - x0).sum((1, 2, 3)))
+
+
+def out_of_set(x8: Image, x0: Image, epsilon: float) -> Array:
+  """bool[B]: any |x8 − x0| above ε + 0.5/255 (rounding to 8 bits), or a pixel outside [0,1].
+
+  A pixel that is not a number is outside. 1e-6 is allowed for float32. Frameworks without an L∞
+  bound give ε = inf.
+  """
+  _check_pair(x8, x0, 'images', 4)
+  near = jnp.abs(x8 - x0) <= epsilon + 0.5 / 255 + 1e-6
+  return ~(near & (x8 >= 0) & (x8 <= 1)).all((1, 2, 3))
+
+
+# Everything at once.
+
+
+def score(
+  clf: Classifier,
+  interpreter: Interpreter,
+  x0: Image,
+  x8: Image,
+  y: Label,
+  target: Label,
+  target_map: Map,
+  key: Key,
+  *,
+  epsilon: float,
+  mask: Array | None = None,
+  clean_maps: Array | None = None,
+) -> tuple[dict[str, Array], Map]:
+  """Judges 8-bit images by the real network and fresh maps; every field of a record.
+
+  Args:
+    clf: the classifier.
+    interpreter: the one whose maps are judged.
+    x0: the clean images on the 8-bit grid, f32[B,H,W,C].
+    x8: the images to judge, on the same grid.
+    y: the true class.
+    target: the class the analyst is to see; its map is explained (y itself for a clean image).
+    target_map: the map the analyst is to see.
+    key: one key per example, [B], the same for every image state; or one for all.
+    epsilon: L∞ bound of the perturbation set.
+    mask: bool[B,H,W], the true object, for the localisation fields.
+    clean_maps: `two_class_maps` of x0 with the same labels and key, when already at hand; saves
+      half of the explanations.
+
+  Returns:
+    ({field: [B]}, the fresh maps of the target class). Fields: prediction, confidence, success,
+    the map fields, linf, l2, out_of_set and nonfinite. nonfinite marks a logit, pixel or map value
+    that is not a number or infinite; such an example is never a success.
+  """
+  if clean_maps is None:
+    clean_maps = two_class_maps(clf, interpreter, x0, y, target, key)
+  maps = two_class_maps(clf, interpreter, x8, y, target, key)
+  fresh = maps[1]
+  logits = clf(x8).logits
+  nonfinite = ~(
+    jnp.isfinite(logits).all(-1) & jnp.isfinite(x8).all((1, 2, 3)) & jnp.isfinite(fresh).all((1, 2))
+  )
+  scores = {
+    'prediction': logits.argmax(-1),
+    'confidence': confidence(logits, target),
+    'success': success(logits, target) & ~nonfinite,
+    'map_l1': map_l1(fresh, target_map),
+    'map_l2': map_l2(fresh, target_map),
+    'map_mse': map_mse(fresh, target_map),
+    'map_iou': map_iou(fresh, target_map),
+    'map_spearman': spearman(fresh, target_map),
+    'map_ssim': ssim(fresh, target_map, x0.shape[1:3]),
+    'two_class_l1': _mean_l1(clean_maps, maps),
+    'linf': linf(x8, x0),
+    'l2': l2(x8, x0),
+    'out_of_set': out_of_set(x8, x0, epsilon),
+    'nonfinite': nonfinite,
+  }
+  if mask is not None:
+    scores |= {
+      'pointing_game': pointing_game(fresh, mask),
+      'energy_inside': energy_inside(fresh, mask),
+    }
+  return scores, fresh
+
+
+# On the host.
+
+
+def records(scores: Mapping[str, Any], is_real: Any = None, **columns: Any) -> list[dict[str, Any]]:
+  """One plain dict per real example, from columns [B]; `store` writes and `aggregate` reads them.
+
+  Args:
+    scores: what `score` gave.
+    is_real: bool[B]; padding rows (False) are left out.
+    **columns: further columns, put first: id, label, target.
+
+  Returns:
+    Dicts of Python numbers; a value that is not finite becomes None.
+
+  Raises:
+    InputError: when a column has another length.
+  """
+  table = {name: np.asarray(value) for name, value in {**columns, **scores}.items()}
+  n = len(next(iter(table.values())))
+  for name, column in table.items():
+    if column.shape != (n,):
+      raise InputError(
+        f'column {name} has shape {column.shape}; expected one value per example, ({n},)'
+      )
+  keep = np.ones(n, bool) if is_real is None else np.asarray(is_real)
+  return [{name: _plain(v[i]) for name, v in table.items()} for i in np.flatnonzero(keep)]
+
+
+def _plain(value: Any) -> bool | int | float | None:
+  if isinstance(value, np.floating):
+    # The shortest decimal that is this float32, not float64's seventeen digits of it.
+    return float(str(value)) if np.isfinite(value) else None
+  return value.item()
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
+  """Wilson's 95 % interval of a rate (Wilson 1927); None when n is 0."""
+  if n == 0:
+    return None
+  rate, z2 = successes / n, _Z95**2
+  centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+  half = _Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+  return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The figures of one (attack, interpreter) from its examples' records.
+
+  Returns:
+    n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes), the map fields as means over
+    successes and `…_all` over all, linf_max, l2_mean, out_of_set and nonfinite as counts. A figure
+    with no example to go by (no success; no mask; a perturbation norm where none is defined) is
+    None. Examples that are not finite count as failures and are left out of the means.
+  """
+  finite = [r for r in rows if not r.get('nonfinite')]
+  successes = [r for r in finite if r['success']]
+
+  def values(chosen: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+    return [r[field] for r in chosen if r.get(field) is not None]
+
+  def mean(chosen: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    found = values(chosen, field)
+    return math.fsum(found) / len(found) if found else None
+
+  def count(field: str) -> int | None:
+    found = values(rows, field)
+    return int(sum(found)) if found or not rows else None
+
+  return {
+    'n': len(rows),
+    'asr': mean(rows, 'success'),
+    'asr_ci95': wilson_interval(len(successes), len(rows)),
+    'mc': mean(successes, 'confidence'),
+    **{field: mean(successes, field) for field in MAP_FIELDS},
+    **{f'{field}_all': mean(finite, field) for field in MAP_FIELDS},
+    'linf_max': max(values(finite, 'linf'), default=None),
+    'l2_mean': mean(finite, 'l2'),
+    'out_of_set': count('out_of_set'),
+    'nonfinite': count('nonfinite'),
+  }

@@ -1,0 +1,450 @@
+"""Metrics against numpy, scipy and closed forms; properties by hypothesis."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from adv2_jax import classifier, metrics, types
+
+# Values on a coarse grid give ties, which is where ranks and quantiles go wrong.
+GRID = st.integers(0, 8).map(lambda i: i / 8)
+MAPS = hnp.arrays(np.float32, (3, 4, 5), elements=GRID)
+
+
+# Jitted, as callers do; one trace each, because the shapes stay.
+map_iou = jax.jit(metrics.map_iou, static_argnames='quantile')
+spearman = jax.jit(metrics.spearman)
+
+
+def pair(seed, shape=(3, 7, 7)):
+  rng = np.random.RandomState(seed)
+  return rng.rand(2, *shape).astype(np.float32)
+
+
+# Distances between maps.
+
+
+def test_distances_equal_numpy():
+  a, b = pair(0)
+  d = (a - b).astype(np.float64)
+  np.testing.assert_allclose(metrics.map_l1(a, b), np.abs(d).mean((1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(metrics.map_mse(a, b), (d**2).mean((1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(metrics.map_l2(a, b), np.sqrt((d**2).mean((1, 2))), rtol=1e-6)
+
+
+def iou_numpy(a, b, quantile):
+  def top(m):
+    q = np.quantile(m, quantile)
+    return m > q if (m > q).any() else m >= q
+
+  return (top(a) & top(b)).sum() / (top(a) | top(b)).sum()
+
+
+@pytest.mark.parametrize('size', [7, 8, 28, 56])
+@pytest.mark.parametrize('quantile', [0.0, 0.5, 0.8, 0.95, 1.0])
+def test_iou_equals_numpy_quantile(size, quantile):
+  a, b = pair(size, (3, size, size))
+  b = 0.7 * a + 0.3 * b
+  expected = [iou_numpy(*maps, quantile) for maps in zip(a, b, strict=True)]
+  np.testing.assert_allclose(metrics.map_iou(a, b, quantile), expected, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MAPS, MAPS)
+def test_iou_equals_numpy_with_ties(a, b):
+  expected = [iou_numpy(*maps, 0.8) for maps in zip(a, b, strict=True)]
+  np.testing.assert_allclose(map_iou(a, b), expected, rtol=1e-6)
+
+
+def test_iou_of_quarters_is_one_third():
+  a = np.zeros((1, 10, 10), np.float32)
+  a[0, :2] = 1  # 20 cells are on, and the 80 % quantile is 0.2: position 79.2 of sorted 0…99
+  b = np.roll(a, 1, axis=1)
+  np.testing.assert_allclose(metrics.map_iou(a, b), 10 / 30, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MAPS, MAPS)
+def test_spearman_equals_scipy(a, b):
+  rho = np.asarray(spearman(a, b))
+  for value, m, t in zip(rho, a, b, strict=True):
+    if np.ptp(m) == 0 or np.ptp(t) == 0:
+      assert value == 0
+    else:
+      expected = scipy.stats.spearmanr(m.ravel(), t.ravel()).statistic
+      np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_spearman_is_accurate_on_large_maps():
+  a, b = pair(3, (2, 224, 224))
+  b = 0.9 * a + 0.1 * b
+  expected = [
+    scipy.stats.spearmanr(m.ravel(), t.ravel()).statistic for m, t in zip(a, b, strict=True)
+  ]
+  np.testing.assert_allclose(spearman(a, b), expected, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(MAPS, MAPS)
+def test_spearman_ignores_monotone_transforms(a, b):
+  rho = spearman(a, b)
+  np.testing.assert_allclose(spearman(np.exp(3 * a), b), rho, atol=1e-6)
+  np.testing.assert_allclose(spearman(a, 1 - b**3), -rho, atol=1e-6)
+
+
+def ssim_scipy(a, b, size):
+  """Wang et al. 2004, by scipy: up-sampling by `zoom`, blur by `gaussian_filter`, interior mean."""
+
+  def grow(m):
+    factors = [n / k for n, k in zip(size, m.shape, strict=True)]
+    return scipy.ndimage.zoom(m, factors, order=1, mode='nearest', grid_mode=True)
+
+  def blur(z):
+    return scipy.ndimage.gaussian_filter(z, 1.5, radius=5)[5:-5, 5:-5]
+
+  a, b = grow(a.astype(np.float64)), grow(b.astype(np.float64))
+  mu_a, mu_b = blur(a), blur(b)
+  var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+  top = (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
+  return (top / ((mu_a**2 + mu_b**2 + 1e-4) * (var_a + var_b + 9e-4))).mean()
+
+
+@pytest.mark.parametrize(('size', 'image_size'), [(8, (32, 32)), (7, (56, 64)), (16, (64, 64))])
+def test_ssim_equals_scipy(size, image_size):
+  a, b = pair(size, (3, size, size))
+  b[1] = 0.8 * a[1] + 0.2 * b[1]
+  expected = [ssim_scipy(*maps, image_size) for maps in zip(a, b, strict=True)]
+  ssim = jax.jit(metrics.ssim, static_argnames='image_size')
+  np.testing.assert_allclose(ssim(a, b, image_size), expected, atol=2e-5)
+
+
+def test_ssim_of_constant_maps_is_the_luminance_term():
+  a, b = np.full((1, 8, 8), 0.2, np.float32), np.full((1, 8, 8), 0.6, np.float32)
+  expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
+  np.testing.assert_allclose(metrics.ssim(a, b, (32, 32)), expected, rtol=1e-4)
+
+
+MAP_METRICS = {  # metric, its value on equal maps, its range
+  'l1': (jax.jit(metrics.map_l1), 0, 0, 1),
+  'l2': (jax.jit(metrics.map_l2), 0, 0, 1),
+  'mse': (jax.jit(metrics.map_mse), 0, 0, 1),
+  'iou': (map_iou, 1, 0, 1),
+  'spearman': (spearman, 1, -1, 1),
+  'ssim': (jax.jit(lambda a, b: metrics.ssim(a, b, (12, 15))), 1, -1, 1),
+}
+
+
+@pytest.mark.parametrize('name', MAP_METRICS)
+@settings(max_examples=25, deadline=None)
+@given(a=MAPS, b=MAPS)
+def test_symmetric_bounded_and_exact_on_equal_maps(name, a, b):
+  metric, same, low, high = MAP_METRICS[name]
+  value = np.asarray(metric(a, b))
+  assert np.isfinite(value).all()
+  assert (value >= low - 1e-6).all()
+  assert (value <= high + 1e-6).all()
+  np.testing.assert_allclose(metric(b, a), value, atol=1e-6)
+  ranked = np.ptp(a, axis=(1, 2)) > 0 if name == 'spearman' else np.ones(3, bool)
+  np.testing.assert_allclose(np.asarray(metric(a, a))[ranked], same, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', MAP_METRICS)
+def test_rows_are_independent(name):
+  """Permuting the batch permutes the values; a row of NaN or zeros changes no other row."""
+  metric = MAP_METRICS[name][0]
+  a, b = pair(1, (5, 4, 5))
+  value = np.asarray(metric(a, b))
+  order = np.array([3, 0, 4, 1, 2])
+  np.testing.assert_allclose(metric(a[order], b[order]), value[order], rtol=1e-6)
+  for filler in (0, np.nan):
+    padded = np.concatenate([a, np.full((3, 4, 5), filler, np.float32)])
+    other = np.concatenate([b, np.zeros((3, 4, 5), np.float32)])
+    np.testing.assert_allclose(np.asarray(metric(padded, other))[:5], value, rtol=1e-6)
+
+
+def test_shapes_that_differ_are_refused():
+  a = jnp.zeros((2, 7, 7))
+  for metric, *_ in MAP_METRICS.values():
+    with pytest.raises(types.InputError, match=r'\(2, 7, 7\) and \(2, 8, 7\).*one shape \[B,h,w\]'):
+      metric(a, jnp.zeros((2, 8, 7)))
+    with pytest.raises(types.InputError, match='batch axis'):
+      metric(a[0], a[0])
+  with pytest.raises(types.InputError, match='quantile is 80'):
+    metrics.map_iou(a, a, quantile=80)
+  with pytest.raises(types.InputError, match='11×11'):
+    metrics.ssim(a, a, (8, 8))
+  with pytest.raises(types.InputError, match=r'images have shapes.*\[B,H,W,C\]'):
+    metrics.linf(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8, 1)))
+  with pytest.raises(types.InputError, match=r'masks \(1, 8, 8\)'):
+    metrics.pointing_game(a, jnp.zeros((1, 8, 8)))
+
+
+# Localisation.
+
+
+def test_localisation_by_hand():
+  m = np.zeros((4, 4, 4), np.float32)
+  m[0, 1, 2] = 1  # its peak grows to pixels [4:8, 8:12] of 16
+  m[1, 0, 0] = m[1, 3, 3] = 0.5  # a tie: the first counts
+  mask = np.zeros((4, 16, 16), bool)
+  mask[:2, :8, 8:] = True
+  mask[2, 0, 0] = True  # a zero map points at its first pixel
+  np.testing.assert_array_equal(metrics.pointing_game(m, mask), [1, 0, 1, np.nan])
+  np.testing.assert_array_equal(metrics.pointing_game(m, np.flip(mask, 2)), [0, 1, 0, np.nan])
+  full = np.asarray(metrics.upsample(m, (16, 16)), np.float64)
+  expected = [(full[i] * mask[i]).sum() / full[i].sum() for i in (0, 1)]
+  np.testing.assert_allclose(metrics.energy_inside(m, mask), [*expected, 0, np.nan], rtol=1e-6)
+  everything = np.ones_like(mask)
+  np.testing.assert_allclose(metrics.energy_inside(m, everything), [1, 1, 0, 0], rtol=1e-6)
+
+
+def test_upsampling_equals_scipy_zoom():
+  m = pair(4, (2, 7, 5))[0]
+  expected = [scipy.ndimage.zoom(z, (4, 6), order=1, mode='nearest', grid_mode=True) for z in m]
+  np.testing.assert_allclose(metrics.upsample(m, (28, 30)), expected, atol=1e-6)
+
+
+# Prediction and perturbation.
+
+
+def test_success_and_confidence():
+  logits = np.array([[0.0, 2, 1], [3, 0, 0], [np.nan, 0, 0], [0, np.inf, 0]], np.float32)
+  target = np.array([1, 1, 0, 1])
+  np.testing.assert_array_equal(metrics.success(logits, target), [True, False, False, False])
+  exp = np.exp(logits[:2].astype(np.float64))
+  expected = (exp / exp.sum(1, keepdims=True))[[0, 1], target[:2]]
+  np.testing.assert_allclose(metrics.confidence(logits, target)[:2], expected, rtol=1e-6)
+
+
+def test_norms_are_numpys():
+  x8, x0 = pair(5, (3, 6, 5, 3))
+  d = (x8 - x0).reshape(3, -1).astype(np.float64)
+  np.testing.assert_allclose(metrics.linf(x8, x0), np.abs(d).max(1), rtol=1e-6)
+  np.testing.assert_allclose(metrics.l2(x8, x0), np.linalg.norm(d, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize('epsilon', [0.031, 4 / 255, 8 / 255])
+def test_out_of_set_allows_rounding_and_no_more(epsilon):
+  """Rounded to 8 bits, ε·255 = 7.9 may become 8 but not 9."""
+  largest = math.floor(epsilon * 255 + 0.5)
+  x0 = np.full((4, 3, 3, 3), 100 / 255, np.float32)
+  x8 = x0.copy()
+  x8[0, 1, 1, 1] = np.float32((100 + largest) / 255)
+  x8[1, 1, 1, 1] = np.float32((100 - largest - 1) / 255)
+  x8[2, 1, 1, 1] = np.nan
+  np.testing.assert_array_equal(metrics.out_of_set(x8, x0, epsilon), [False, True, True, False])
+  outside = np.array([1.0, 1.001, -0.001], np.float32).reshape(3, 1, 1, 1)
+  flags = metrics.out_of_set(outside, np.clip(outside, 0, 1), math.inf)
+  np.testing.assert_array_equal(flags, [False, True, True])
+
+
+# Everything at once, with a real small network.
+
+
+class Net(nn.Module):
+  """Convolution, ReLU, global average pooling, dense."""
+
+  act: object = nn.relu
+
+  def setup(self):
+    self.conv = nn.Conv(6, (3, 3))
+    self.dense = nn.Dense(4, use_bias=False)
+
+  def __call__(self, x):
+    features = self.act(self.conv(x))
+    return types.Outputs(self.head(features), {'features': features})
+
+  def head(self, features):
+    return self.dense(features.mean((1, 2)))
+
+
+def cam_like():
+  """A class-dependent interpreter, and one that can tell its keys apart (a key per example)."""
+
+  def explain(params, clf, x, y, key):
+    features = clf(x).taps['features']
+    logits, vjp = jax.vjp(clf.head, features)
+    m = (features * vjp(jax.nn.one_hot(y, logits.shape[-1]))[0]).sum(-1)
+    low, high = m.min((1, 2), keepdims=True), m.max((1, 2), keepdims=True)
+    jitter = jax.vmap(lambda k: jax.random.uniform(k, ()))(key)
+    return (m - low) / (high - low) * (0.9 + 0.1 * jitter.reshape(-1, 1, 1))
+
+  return types.Interpreter((), explain, unroll_fn=lambda *_: None, begin_fn=lambda *_: ())
+
+
+@pytest.fixture(scope='module')
+def bench():
+  module = Net()
+  x0 = np.random.RandomState(7).randint(0, 256, (5, 16, 16, 3)).astype(np.float32) / 255
+  step = np.random.RandomState(8).randint(-8, 9, x0.shape)
+  x8 = np.clip(np.round(x0 * 255) + step, 0, 255).astype(np.float32) / 255
+  clf = classifier.from_linen(module, module.init(jax.random.key(2), x0))
+  y = clf(x0).logits.argmax(-1)
+  return clf, cam_like(), jnp.asarray(x0), jnp.asarray(x8), y, (y + 1) % 4
+
+
+def test_score_is_what_its_parts_say(bench, key):
+  clf, interpreter, x0, x8, y, target = bench
+  keys = types.example_keys(key, 5)
+  target_map = interpreter.explain(clf, x0, y, keys)
+  mask = jnp.zeros((5, 16, 16), bool).at[:4, 4:9, 2:12].set(True)
+  judge = jax.jit(lambda *args: metrics.score(clf, interpreter, *args, epsilon=0.031, mask=mask))
+  scores, fresh = judge(x0, x8, y, target, target_map, keys)
+
+  expected = interpreter.explain(clf, x8, target, keys)
+  np.testing.assert_allclose(fresh, expected, atol=1e-5)
+  logits = clf(x8).logits
+  np.testing.assert_array_equal(scores['prediction'], logits.argmax(-1))
+  np.testing.assert_array_equal(scores['success'], logits.argmax(-1) == target)
+  np.testing.assert_allclose(scores['map_l1'], metrics.map_l1(expected, target_map), atol=1e-5)
+  two = [
+    metrics.map_l1(interpreter.explain(clf, x0, c, keys), interpreter.explain(clf, x8, c, keys))
+    for c in (y, target)
+  ]
+  np.testing.assert_allclose(scores['two_class_l1'], (two[0] + two[1]) / 2, atol=1e-5)
+  discrepancy = metrics.two_class_discrepancy(clf, interpreter, x0, x8, y, target, key)
+  np.testing.assert_allclose(discrepancy, scores['two_class_l1'], atol=1e-5)
+  assert not np.any(scores['out_of_set'])
+  assert not np.any(scores['nonfinite'])
+  assert np.isnan(scores['energy_inside'][4])
+
+  clean = metrics.two_class_maps(clf, interpreter, x0, y, target, keys)
+  again, _ = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))(
+    x0, x8, y, target, target_map, keys, clean_maps=clean
+  )
+  np.testing.assert_allclose(again['two_class_l1'], scores['two_class_l1'], atol=1e-5)
+  assert 'pointing_game' not in again
+
+
+def test_clean_image_scores_as_itself(bench, key):
+  clf, interpreter, x0, _, y, _ = bench
+  target_map = interpreter.explain(clf, x0, y, types.example_keys(key, 5))
+  scores, _ = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))(
+    x0, x0, y, y, target_map, key
+  )
+  assert np.all(scores['success'])
+  for name, value in {
+    'map_l1': 0,
+    'two_class_l1': 0,
+    'linf': 0,
+    'map_iou': 1,
+    'map_ssim': 1,
+  }.items():
+    np.testing.assert_allclose(scores[name], value, atol=1e-5)
+
+
+def test_score_is_equivariant_and_marks_nonfinite(bench, key):
+  clf, interpreter, x0, x8, y, target = bench
+  keys = types.example_keys(key, 5)
+  target_map = interpreter.explain(clf, x0, y, keys)
+  arrays = (x0, x8, y, target, target_map, keys)
+  judge = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))
+  scores, _ = judge(*arrays)
+  order = jnp.array([4, 2, 0, 1, 3])
+  moved, _ = judge(*(a[order] for a in arrays))
+  for name, value in scores.items():
+    np.testing.assert_allclose(moved[name], value[order], atol=1e-5, err_msg=name)
+
+  broken = x8.at[2, 0, 0, 0].set(jnp.nan)
+  marked, _ = judge(x0, broken, *arrays[2:])
+  np.testing.assert_array_equal(marked['nonfinite'], [False, False, True, False, False])
+  assert not marked['success'][2]
+  others = np.array([0, 1, 3, 4])
+  for name, value in scores.items():
+    np.testing.assert_allclose(marked[name][others], value[others], atol=1e-5, err_msg=name)
+
+
+# On the host.
+
+
+def test_records_leave_out_padding_and_write_none():
+  scores = {
+    'success': jnp.array([True, False, True]),
+    'map_l1': jnp.array([0.1, np.nan, 0.3], jnp.float32),
+    'prediction': jnp.array([3, 4, 5]),
+  }
+  rows = metrics.records(scores, is_real=[True, True, False], id=np.array([7, 9, 0]))
+  assert rows == [
+    {'id': 7, 'success': True, 'map_l1': 0.1, 'prediction': 3},
+    {'id': 9, 'success': False, 'map_l1': None, 'prediction': 4},
+  ]
+  assert [type(v) for v in rows[0].values()] == [int, bool, float, int]
+  with pytest.raises(types.InputError, match=r'column success has shape \(3,\).*\(2,\)'):
+    metrics.records(scores, label=np.zeros(2))
+
+
+@pytest.mark.parametrize(('k', 'n'), [(0, 10), (10, 10), (1, 1), (37, 64), (499, 500)])
+def test_wilson_solves_its_equation(k, n):
+  """The bounds are the rates p with |k/n − p| = z·√(p(1−p)/n); scipy agrees."""
+  low, high = metrics.wilson_interval(k, n)
+  exact = scipy.stats.binomtest(k, n).proportion_ci(0.95, method='wilson')
+  np.testing.assert_allclose([low, high], exact, atol=1e-12)
+  for p in (low, high):
+    if 0 < p < 1:
+      z = scipy.stats.norm.ppf(0.975)
+      np.testing.assert_allclose(abs(k / n - p), z * math.sqrt(p * (1 - p) / n), rtol=1e-9)
+
+
+def row(success, confidence, map_l1, **more):
+  return {
+    'success': success,
+    'confidence': confidence,
+    'map_l1': map_l1,
+    'nonfinite': False,
+    **more,
+  }
+
+
+def test_aggregate_by_hand():
+  rows = [
+    row(True, 0.9, 0.1, linf=0.03, l2=1.0, out_of_set=False, pointing_game=1.0),
+    row(True, 0.7, 0.2, linf=0.01, l2=2.0, out_of_set=True, pointing_game=None),
+    row(False, 0.2, 0.6, linf=0.02, l2=3.0, out_of_set=False, pointing_game=0.0),
+    row(False, None, None, nonfinite=True, linf=None, l2=None, out_of_set=True, pointing_game=None),
+  ]
+  rows[3]['nonfinite'] = True
+  figures = metrics.aggregate(rows)
+  assert (figures['n'], figures['asr'], figures['out_of_set'], figures['nonfinite']) == (
+    4,
+    0.5,
+    2,
+    1,
+  )
+  np.testing.assert_allclose(figures['mc'], 0.8)
+  np.testing.assert_allclose(figures['map_l1'], 0.15)
+  np.testing.assert_allclose(figures['map_l1_all'], 0.3)
+  assert (figures['pointing_game'], figures['pointing_game_all']) == (1.0, 0.5)
+  assert (figures['linf_max'], figures['l2_mean']) == (0.03, 2.0)
+  assert figures['energy_inside'] is None
+
+
+def test_aggregate_without_success_or_rows():
+  figures = metrics.aggregate([row(False, 0.1, 0.5)])
+  assert (figures['asr'], figures['mc'], figures['map_l1'], figures['map_l1_all']) == (
+    0,
+    None,
+    None,
+    0.5,
+  )
+  assert figures['asr_ci95'][1] > 0.5
+  assert figures['out_of_set'] is None
+  empty = metrics.aggregate([])
+  assert (empty['n'], empty['asr'], empty['asr_ci95'], empty['map_l1_all']) == (0, None, None, None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), GRID, GRID), min_size=1, max_size=12), st.randoms())
+def test_aggregate_ignores_order(values, random):
+  rows = [row(*v) for v in values]
+  shuffled = random.sample(rows, len(rows))
+  assert metrics.aggregate(rows) == metrics.aggregate(shuffled)
