@@ -13,9 +13,10 @@ from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError
 
-__all__ = ['NAMES', 'Dataset', 'load', 'scenes']
+__all__ = ['NAMES', 'TFDS', 'Dataset', 'load', 'scenes']
 
-NAMES = ('scenes', *sources.TFDS, 'folder', 'npz', 'packed')
+TFDS = tuple(sources.TFDS)
+NAMES = ('scenes', *TFDS, 'folder', 'npz', 'packed')
 
 
 def scenes(

@@ -1,0 +1,314 @@
+"""Training: one loop, `fit`, around one pure step function per task.
+
+A step is (state, batch, key) -> (state, metrics). `classifier_step` makes the one for plain
+classification; other tasks bring their own and share the loop, its checkpoints and its exact
+resume: batch and key are functions of the step's number alone, so that a run that was stopped and
+resumed ends bit-equal to one that was not.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.serialization
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import optax
+import tqdm
+
+from adv2_jax import images as image_lib
+from adv2_jax.types import Array, Image, InputError, Key, PyTree
+
+Metrics = Mapping[str, Array]
+Augment = Callable[[Key, Image], Image]
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """What the next training step needs.
+
+  Attributes:
+    step: i32[], number of steps done.
+    variables: of the net, {'params': …, 'batch_stats': …}.
+    opt_state: optax's.
+  """
+
+  step: Array
+  variables: PyTree
+  opt_state: PyTree
+
+
+class TrainBatch(NamedTuple):
+  """image u8[B,H,W,3] and label i32[B]."""
+
+  image: Any
+  label: Any
+
+
+StepFn = Callable[[TrainState, TrainBatch, Key], tuple[TrainState, Metrics]]
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def shuffled(images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int):
+  """Step -> TrainBatch, from a fresh permutation for each epoch; the odd rest is dropped.
+
+  Raises:
+    InputError: fewer images than one batch.
+  """
+  per_epoch = len(images) // batch_size
+  if not per_epoch:
+    raise InputError(f'batch_size {batch_size} is more than the {len(images)} training images')
+
+  def batch_at(step: int) -> TrainBatch:
+    epoch, position = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(images))
+    ids = order[position * batch_size : (position + 1) * batch_size]
+    return TrainBatch(images[ids], labels[ids])
+
+  return batch_at
+
+
+# --- augmentation: (key, f32[B,H,W,3] in [0,1]) -> the same shape ---------------------------------
+
+
+def no_augment(key: Key, x: Image) -> Image:
+  """The images as they are."""
+  del key
+  return x
+
+
+def pad_crop_flip(key: Key, x: Image, pad: int = 4) -> Image:
+  """CIFAR's usual: shift by up to `pad` pixels (zeros come in), mirror half of the images."""
+  shift_key, flip_key = jax.random.split(key)
+  shifts = jax.random.randint(shift_key, (len(x), 2), 0, 2 * pad + 1)
+  flip = jax.random.bernoulli(flip_key, shape=(len(x), 1, 1, 1))
+  padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+  def crop(image: Array, shift: Array) -> Array:
+    return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), x.shape[1:])
+
+  x = jax.vmap(crop)(padded, shifts)
+  return jnp.where(flip, x[:, :, ::-1], x)
+
+
+def mirror_and_relight(key: Key, x: Image, gain: float = 0.2) -> Image:
+  """For the scenes, whose classes know no up or down: the square's 8 symmetries, and brightness."""
+  keys = jax.random.split(key, 4)
+  coin = [jax.random.bernoulli(k, shape=(len(x), 1, 1, 1)) for k in keys[:3]]
+  x = jnp.where(coin[0], x[:, :, ::-1], x)
+  x = jnp.where(coin[1], x[:, ::-1], x)
+  x = jnp.where(coin[2], x.swapaxes(1, 2), x)
+  factor = jax.random.uniform(keys[3], (len(x), 1, 1, 1), minval=1 - gain, maxval=1 + gain)
+  return jnp.clip(x * factor, 0, 1)
+
+
+# --- optimisers -----------------------------------------------------------------------------------
+
+
+def optimiser(
+  name: str, peak: float, steps: int, *, warmup: float = 0.15, weight_decay: float = 5e-4
+) -> optax.GradientTransformation:
+  """'sgd' (Nesterov momentum 0.9) or 'adamw', with one cycle of linear warm-up and cosine decay.
+
+  Args:
+    name: 'sgd' or 'adamw'.
+    peak: the highest learning rate.
+    steps: length of the cycle.
+    warmup: the share of steps in which the rate rises.
+    weight_decay: on convolution and dense kernels only.
+
+  Raises:
+    InputError: unknown name, or a rate that is not positive.
+  """
+  if not peak > 0:
+    raise InputError(f'learning_rate {peak} is not positive')
+  rise = max(1, round(warmup * steps))
+  rate = optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1), 1e-3 * peak)
+  if name == 'sgd':
+    decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
+    return optax.chain(decay, optax.sgd(rate, momentum=0.9, nesterov=True))
+  if name == 'adamw':
+    return optax.adamw(rate, weight_decay=weight_decay, mask=_kernels)
+  raise InputError(f'unknown optimiser {name!r}; expected sgd or adamw')
+
+
+def _kernels(params: PyTree) -> PyTree:
+  return flax.traverse_util.path_aware_map(lambda path, _: path[-1] == 'kernel', params)
+
+
+# --- the classifier's step ------------------------------------------------------------------------
+
+
+def init_state(
+  module: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], key: Key
+) -> TrainState:
+  """A fresh state of a zoo net for images of shape (H, W, 3)."""
+  variables = jax.jit(module.init)(key, jnp.zeros((1, *image_shape)))
+  return TrainState(jnp.int32(0), variables, tx.init(variables['params']))
+
+
+def classifier_step(
+  module: nn.Module,
+  tx: optax.GradientTransformation,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  augment: Augment = no_augment,
+  label_smoothing: float = 0.0,
+) -> StepFn:
+  """One step of cross-entropy training; metrics are the batch's mean `loss` and `accuracy`."""
+  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+
+  def step(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
+    x = (augment(key, batch.image.astype(jnp.float32) / 255.0) - mean_) / std_
+
+    def loss_fn(params: PyTree):
+      variables = {**state.variables, 'params': params}
+      out, changed = module.apply(variables, x, train=True, mutable=['batch_stats'])
+      targets = jax.nn.one_hot(batch.label, out.logits.shape[-1])
+      targets = optax.smooth_labels(targets, label_smoothing)
+      return optax.softmax_cross_entropy(out.logits, targets).mean(), (out.logits, changed)
+
+    params = state.variables['params']
+    (loss, (logits, changed)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    variables = {**state.variables, **changed, 'params': optax.apply_updates(params, updates)}
+    accuracy = (logits.argmax(-1) == batch.label).mean()
+    return TrainState(state.step + 1, variables, opt_state), {'loss': loss, 'accuracy': accuracy}
+
+  return step
+
+
+def make_evaluate(
+  module: nn.Module,
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  batch_size: int = 250,
+) -> Callable[[PyTree], float]:
+  """Variables -> accuracy on u8[N,H,W,3] images; compiled once."""
+  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+
+  @jax.jit
+  def predict(variables: PyTree, image: Array) -> Array:
+    return module.apply(variables, (image / np.float32(255) - mean_) / std_).logits.argmax(-1)
+
+  def evaluate(variables: PyTree) -> float:
+    right = 0
+    for start in range(0, len(images), batch_size):
+      image, label = images[start : start + batch_size], labels[start : start + batch_size]
+      fill = ((0, batch_size - len(image)), (0, 0), (0, 0), (0, 0))  # one shape, one compilation
+      predicted = np.asarray(predict(variables, np.pad(image, fill)))[: len(label)]
+      right += int((predicted == label).sum())
+    return right / len(images)
+
+  return evaluate
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def save_state(path: pathlib.Path, state: PyTree) -> None:
+  """Writes a state (msgpack, no pickle) by atomic rename."""
+  image_lib.write_atomic(path, flax.serialization.to_bytes(jax.device_get(state)))
+
+
+def load_state(path: pathlib.Path, template: PyTree) -> PyTree:
+  """Reads a state saved by `save_state` into the structure of `template`.
+
+  Raises:
+    InputError: damaged, or of another net or optimiser.
+  """
+  try:
+    state = flax.serialization.from_bytes(template, path.read_bytes())
+  except (ValueError, KeyError, msgpack.exceptions.UnpackException) as error:
+    raise InputError(f'{path} is damaged or of another model ({error}): start anew') from None
+  shapes = jax.tree.map(lambda a, b: np.shape(a) == np.shape(b), template, state)
+  if not all(jax.tree.leaves(shapes)):
+    raise InputError(f'{path} is the state of a net of other sizes: start in a new --workdir')
+  return jax.tree.map(jnp.asarray, state)
+
+
+def fit(
+  step_fn: StepFn,
+  state: TrainState,
+  batch_at: Callable[[int], TrainBatch],
+  num_steps: int,
+  key: Key,
+  *,
+  checkpoint: pathlib.Path | None = None,
+  save_every: int = 500,
+  evaluate: Callable[[PyTree], float] | None = None,
+  evaluate_every: int = 0,
+  log: Callable[[dict[str, float]], None] = lambda row: None,
+  log_every: int = 25,
+  progress: bool = True,
+) -> TrainState:
+  """Trains from `state.step` to `num_steps`.
+
+  Args:
+    step_fn: (state, batch, key) -> (state, metrics); jitted here, with the state donated.
+    state: where to start, see `init_state` and `load_state`.
+    batch_at: step -> batch, a function of the step alone.
+    num_steps: the step to stop after.
+    key: folded with the step's number for each step.
+    checkpoint: file the state is saved to, every `save_every` steps and at the end.
+    save_every: steps between saves.
+    evaluate: variables -> accuracy, every `evaluate_every` steps (0: never) and at the end.
+    evaluate_every: steps between evaluations.
+    log: gets one row per `log_every` steps, and one per evaluation.
+    log_every: steps between readings of the metrics; a reading waits for the device.
+    progress: show a bar with loss, accuracy and images per second.
+
+  Raises:
+    InputError: the loss is no longer finite.
+  """
+
+  def counted(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
+    return step_fn(state, batch, jax.random.fold_in(key, state.step))
+
+  jitted = jax.jit(counted, donate_argnums=0)
+  # A copy, because the caller's state must survive the donation of ours.
+  state = jax.tree.map(jnp.copy, state)
+  start = int(state.step)
+  images, since, accuracy = 0, time.perf_counter(), None
+  bar = tqdm.tqdm(total=num_steps, initial=start, disable=not progress, unit='step', mininterval=1)
+  with bar:
+    for step in range(start + 1, num_steps + 1):
+      batch = batch_at(step - 1)
+      state, metrics = jitted(state, batch, key)
+      images += len(batch.label)
+      last = step == num_steps
+      if last or step % log_every == 0:
+        row = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(row['loss']):
+          raise InputError(
+            f'the loss is {row["loss"]} at step {step}: lower --learning_rate, then start again '
+            f'in a new --workdir'
+          )
+        row['images_per_second'] = images / (time.perf_counter() - since)
+        images, since = 0, time.perf_counter()
+        log({'step': step, **row})
+        bar.set_postfix(
+          loss=f'{row["loss"]:.3f}',
+          accuracy=f'{row.get("accuracy", np.nan):.3f}',
+          held_out='-' if accuracy is None else f'{accuracy:.4f}',
+          images_per_s=f'{row["images_per_second"]:.0f}',
+        )
+      if checkpoint is not None and (last or step % save_every == 0):
+        save_state(checkpoint, state)
+      if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
+        accuracy = evaluate(state.variables)
+        log({'step': step, 'held_out_accuracy': accuracy})
+        since = time.perf_counter()
+      bar.update(1)
+  return state

@@ -1,0 +1,239 @@
+r"""Trains a network: `python -m experiments.train --task classifier --dataset scenes`.
+
+In --workdir: state.msgpack (what --resume continues from), log.csv, and at the end
+<model>.safetensors with its card <model>.json. The built-in checkpoint was made by
+
+    python -m experiments.train --task classifier --dataset scenes
+    cp runs/train-classifier-scene_resnet/scene_resnet.* checkpoints/
+
+and a CIFAR-10 net is made by
+
+    python -m experiments.train --model cifar_resnet20 --dataset packed \
+      --data_path cifar10_train.npz --test_path cifar10_test.npz \
+      --batch_size 128 --epochs 20 --learning_rate 0.4 --label_smoothing 0
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags
+
+from adv2_jax import checkpoints, data, images, nets, training
+from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
+from adv2_jax.types import InputError
+from experiments import _train_flags
+
+_train_flags.define_train_flags()
+FLAGS = flags.FLAGS
+NUM_SCENES = 16000
+# These may differ between a run and its continuation.
+FREE = ('workdir', 'resume', 'save_every')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """A data set in memory: image u8[N,H,W,3], label i32[N]."""
+
+  image: np.ndarray
+  label: np.ndarray
+  description: str
+
+
+def in_memory(dataset: data.Dataset, ids: np.ndarray, description: str) -> Arrays:
+  """Decodes the examples `ids`; raises InputError for a damaged one or unequal sizes."""
+  first = dataset.image(ids[0])
+  image = np.empty((len(ids), *first.shape), np.uint8)
+  for row, i in enumerate(tqdm.tqdm(ids, desc=description, unit='image', mininterval=1)):
+    one = dataset.image(i)
+    if one.shape != first.shape:
+      raise InputError(f'image {dataset.describe(i)} is {one.shape}, not {first.shape}: '
+                       'give --image_size')  # fmt: skip
+    image[row] = one
+  return Arrays(image, dataset.labels[ids], f'{description}, {len(ids)} images')
+
+
+def load_data() -> tuple[Arrays, Arrays, data.Dataset]:
+  """Training and held-out images, and the data set they come from."""
+  name, limit = FLAGS.dataset, FLAGS.num_examples
+  if name == 'scenes':
+    train = data.scenes('train', limit or NUM_SCENES, image_size=FLAGS.image_size)
+    test = data.scenes('test', image_size=FLAGS.image_size)
+    return (
+      in_memory(train, train.ids, 'scenes train (seed 0)'),
+      in_memory(test, test.ids, 'scenes test (seed 0)'),
+      train,
+    )
+  options = {'image_size': FLAGS.image_size, 'label_key': FLAGS.label_key}
+  split = 'train' if name in data.TFDS else None
+  train = data.load(name, FLAGS.data_path, split=split, **options)
+  if FLAGS.test_path or split:
+    test = data.load(name, FLAGS.test_path or FLAGS.data_path, **options)
+    train_ids, test_ids = train.ids[:limit], test.ids
+  else:
+    test, ids = train, train.ids[:limit]
+    held_out = np.random.default_rng(0).permutation(len(ids)) < max(1, len(ids) // 10)
+    train_ids, test_ids = ids[~held_out], ids[held_out]
+  test.check_classes(train.num_classes)
+  return (
+    in_memory(train, train_ids, f'{name} train'),
+    in_memory(test, test_ids, f'{name} held out'),
+    train,
+  )
+
+
+def linear_baseline(train: Arrays, test: Arrays) -> float | None:
+  """Accuracy of logistic regression on 16×16 pixels and colour histograms; None without sklearn.
+
+  Far below the network's when colour and brightness do not give the classes away.
+  """
+  try:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+  except ImportError:
+    return None
+  features = [pixels_and_histogram(split.image) for split in (train, test)]
+  scaler = StandardScaler().fit(features[0])
+  model = LogisticRegression(C=1e-2, max_iter=300)
+  model.fit(scaler.transform(features[0]), train.label)
+  return float(model.score(scaler.transform(features[1]), test.label))
+
+
+def pixels_and_histogram(image: np.ndarray, cells: int = 16, bins: int = 16) -> np.ndarray:
+  """f32[N,F]: means of cells×cells blocks, and each channel's histogram and mean."""
+  n, height, width, channels = image.shape
+  cut = image[:, : height // cells * cells, : width // cells * cells].astype(np.float32) / 255
+  blocks = cut.reshape(n, cells, height // cells, cells, width // cells, channels).mean((2, 4))
+  counts = [
+    np.stack([np.bincount(c.ravel(), minlength=bins) for c in np.moveaxis(one, -1, 0)])
+    for one in image // (256 // bins)
+  ]
+  histogram = np.array(counts, np.float32) / (height * width)
+  mean = blocks.mean((1, 2))
+  return np.concatenate([blocks.reshape(n, -1), histogram.reshape(n, -1), mean], axis=1)
+
+
+def prepare_workdir() -> pathlib.Path:
+  """Makes --workdir, or accepts it for --resume.
+
+  Raises:
+    InputError: it is in use without --resume, or holds a run with other flags.
+  """
+  workdir = pathlib.Path(FLAGS.workdir or f'runs/train-{FLAGS.task}-{FLAGS.model}')
+  module = {flag.name: flag.value for flag in FLAGS.flags_by_module_dict()[_train_flags.__name__]}
+  config = json.loads(json.dumps({k: v for k, v in sorted(module.items()) if k not in FREE}))
+  path = workdir / 'config.json'
+  if workdir.exists() and any(workdir.iterdir()):
+    if not FLAGS.resume:
+      raise InputError(f'--workdir {workdir} is not empty: pass --resume, or choose another')
+    before = json.loads(path.read_text()) if path.exists() else {}
+    changed = [k for k in config if before.get(k) != config[k]]
+    if changed:
+      k = changed[0]
+      raise InputError(
+        f'--workdir {workdir} holds a run with --{k}={before.get(k)}, not {config[k]}: '
+        'use the same flags, or choose another'
+      )
+  workdir.mkdir(parents=True, exist_ok=True)
+  images.write_atomic(path, json.dumps(config, indent=2).encode())
+  return workdir
+
+
+def normalisation(text: list[str] | None, default: tuple[float, ...]) -> tuple[float, ...]:
+  """Three numbers of a flag, or the default."""
+  try:
+    values = tuple(float(v) for v in text) if text else default
+  except ValueError:
+    values = ()
+  if len(values) != 3:
+    raise InputError(f'--mean or --std is {text}: expected three numbers, such as 0.5,0.5,0.5')
+  return values
+
+
+def train_classifier() -> None:
+  """Trains, evaluates on held-out images and writes weights and card."""
+  mean, std = normalisation(FLAGS.mean, IMAGENET_MEAN), normalisation(FLAGS.std, IMAGENET_STD)
+  module = nets.build(FLAGS.model)  # An unknown name is told before anything is decoded.
+  started = time.time()
+  workdir = prepare_workdir()
+  train, test, dataset = load_data()
+  module = nets.build(FLAGS.model, num_classes=dataset.num_classes)
+
+  batch_at = training.shuffled(train.image, train.label, FLAGS.batch_size, FLAGS.seed)
+  per_epoch = len(train.label) // FLAGS.batch_size
+  steps = FLAGS.steps or FLAGS.epochs * per_epoch
+  tx = training.optimiser(
+    FLAGS.optimiser, FLAGS.learning_rate, steps, weight_decay=FLAGS.weight_decay
+  )
+  init_key, step_key = jax.random.split(jax.random.key(FLAGS.seed))
+  state = training.init_state(module, tx, train.image.shape[1:], init_key)
+  if FLAGS.weights:
+    tensors = checkpoints.read_tensors(FLAGS.weights)
+    state = state.replace(variables=checkpoints.load_variables(module, tensors, FLAGS.weights))
+  checkpoint = workdir / 'state.msgpack'
+  if FLAGS.resume and checkpoint.exists():
+    state = training.load_state(checkpoint, state)
+  augment = training.mirror_and_relight if FLAGS.dataset == 'scenes' else training.pad_crop_flip
+  step = training.classifier_step(
+    module, tx, mean=mean, std=std, augment=augment, label_smoothing=FLAGS.label_smoothing
+  )
+  evaluate = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
+  columns = ('step', 'loss', 'accuracy', 'images_per_second', 'held_out_accuracy')
+  log_path = workdir / 'log.csv'
+  with log_path.open('a', newline='', buffering=1) as file:
+    writer = csv.DictWriter(file, columns, restval='')
+    if not file.tell():
+      writer.writeheader()
+    state = training.fit(
+      step, state, batch_at, steps, step_key, checkpoint=checkpoint, save_every=FLAGS.save_every,
+      evaluate=evaluate, evaluate_every=per_epoch, log=writer.writerow,
+    )  # fmt: skip
+
+  # The accuracy on the card is that of the file: written, read back and evaluated.
+  weights = workdir / f'{FLAGS.model}.safetensors'
+  card: dict[str, Any] = {
+    'model': FLAGS.model,
+    'num_classes': dataset.num_classes,
+    'mean': mean,
+    'std': std,
+    'accuracy': None,
+    'command': f'python -m experiments.train {shlex.join(sys.argv[1:])}',
+    'data': {'train': train.description, 'held_out': test.description},
+    'class_names': dataset.class_names,
+    'seed': FLAGS.seed,
+    'steps': steps,
+    'seconds': round(time.time() - started),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on '
+    f'{jax.default_backend()}',
+    'linear_baseline_accuracy': linear_baseline(train, test) if len(test.label) < 5000 else None,
+  }
+  checkpoints.save_checkpoint(weights, state.variables, card)
+  stored = checkpoints.load_variables(module, checkpoints.read_tensors(weights), str(weights))
+  card['accuracy'], full = evaluate(stored), evaluate(state.variables)
+  checkpoints.save_checkpoint(weights, state.variables, card)
+  print(f'held-out accuracy {card["accuracy"]:.4f} (before rounding the weights {full:.4f})')
+  print(weights)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the task; bad input ends with one line on stderr."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  try:
+    {'classifier': train_classifier}[FLAGS.task]()
+  except InputError as error:
+    sys.exit(str(error))
+
+
+if __name__ == '__main__':
+  app.run(main)
