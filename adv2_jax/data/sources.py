@@ -216,9 +216,8 @@ def prepared_tfds(
       raise FileNotFoundError(builder.data_path)
     if split.split('[')[0] not in builder.info.splits:
       raise InputError(f'{name} has no split {split!r}; it has: {", ".join(builder.info.splits)}')
-    encoded = {'image': tfds.decode.SkipDecoding()}
-    source = builder.as_data_source(split=split)
-    raw = builder.as_data_source(split=split, decoders=encoded)
+    # The files as they are: `read_image` decodes them, without TensorFlow.
+    source = builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
   except InputError:
     raise
   except Exception as error:
@@ -227,14 +226,11 @@ def prepared_tfds(
       f'python -c "import tensorflow_datasets as tfds; tfds.builder({builder_name!r}{where}, '
       "file_format='array_record').download_and_prepare()\""
     ) from None
-  labels = np.array([raw[i]['label'] for i in range(len(raw))], np.int64)
+  labels = np.array([source[i]['label'] for i in range(len(source))], np.int64)
   names = builder.info.features['label'].names
 
   def decode(i: int) -> np.ndarray:
-    try:
-      return np.asarray(source[i]['image'], np.uint8)
-    except Exception as error:
-      raise InputError(f'image {i} of {name} {split} cannot be decoded ({error})') from None
+    return image_lib.read_image(io.BytesIO(source[i]['image']), f'{i} of {name} {split}')
 
   return Dataset(
     name=name,
