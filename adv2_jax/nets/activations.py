@@ -54,8 +54,8 @@ def _soft_step_jvp(tau, form, primals, tangents):
 @soft_relu.defjvp
 def _soft_relu_jvp(tau, form, primals, tangents):
   (z,), (dz,) = primals, tangents
-  _check(tau, form)
-  return jnp.maximum(z, 0), soft_step(z, tau, form) * dz
+  # The primal is soft_relu again, not maximum: an outer derivative must see h here too.
+  return soft_relu(z, tau, form), soft_step(z, tau, form) * dz
 
 
 def _check(tau: float, form: str) -> None:
