@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from adv2_jax.classifier import Classifier
+from adv2_jax.images import upsample
 from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
 
 MAP_FIELDS = (
@@ -111,12 +112,7 @@ def spearman(a: Map, b: Map) -> Array:
   return jnp.clip(rho, -1.0, 1.0)
 
 
-def upsample(m: Map, image_size: tuple[int, ...]) -> Map:
-  """The maps at image size [B,H,W]: bilinear, half-pixel centres, edges repeated."""
-  return jax.image.resize(m, (m.shape[0], *image_size), 'bilinear')
-
-
-def ssim(a: Map, b: Map, image_size: tuple[int, ...]) -> Array:
+def ssim(a: Map, b: Map, image_size: tuple[int, int]) -> Array:
   """Structural similarity (Wang et al. 2004) of the maps up-sampled to image size, in [−1,1].
 
   Gaussian window 11×11, σ 1.5, K1 .01, K2 .03, data range 1, population variances, averaged over
@@ -211,7 +207,7 @@ def pointing_game(m: Map, mask: Array) -> Array:
   _check_mask(m, mask)
   n = m.shape[0]
   inside = mask.astype(bool).reshape(n, -1)
-  peak = upsample(m, mask.shape[1:]).reshape(n, -1).argmax(1)
+  peak = upsample(m, (mask.shape[1], mask.shape[2])).reshape(n, -1).argmax(1)
   hit = jnp.take_along_axis(inside, peak[:, None], axis=1)[:, 0].astype(jnp.float32)
   return jnp.where(inside.any(1), hit, jnp.nan)
 
@@ -223,7 +219,7 @@ def energy_inside(m: Map, mask: Array) -> Array:
   """
   _check_mask(m, mask)
   inside = mask.astype(bool)
-  full = upsample(m, mask.shape[1:])
+  full = upsample(m, (mask.shape[1], mask.shape[2]))
   total = full.sum((1, 2))
   share = jnp.where(inside, full, 0.0).sum((1, 2)) / jnp.where(total > 0, total, 1.0)
   return jnp.where(inside.any((1, 2)), share, jnp.nan)
@@ -321,7 +317,7 @@ def score(
     'map_mse': map_mse(fresh, target_map),
     'map_iou': map_iou(fresh, target_map),
     'map_spearman': spearman(fresh, target_map),
-    'map_ssim': ssim(fresh, target_map, x0.shape[1:3]),
+    'map_ssim': ssim(fresh, target_map, (x0.shape[1], x0.shape[2])),
     'two_class_l1': _mean_l1(clean_maps, maps),
     'linf': linf(x8, x0),
     'l2': l2(x8, x0),
@@ -337,38 +333,6 @@ def score(
 
 
 # On the host.
-
-
-def records(scores: Mapping[str, Any], is_real: Any = None, **columns: Any) -> list[dict[str, Any]]:
-  """One plain dict per real example, from columns [B]; `store` writes and `aggregate` reads them.
-
-  Args:
-    scores: what `score` gave.
-    is_real: bool[B]; padding rows (False) are left out.
-    **columns: further columns, put first: id, label, target.
-
-  Returns:
-    Dicts of Python numbers; a value that is not finite becomes None.
-
-  Raises:
-    InputError: when a column has another length.
-  """
-  table = {name: np.asarray(value) for name, value in {**columns, **scores}.items()}
-  n = len(next(iter(table.values())))
-  for name, column in table.items():
-    if column.shape != (n,):
-      raise InputError(
-        f'column {name} has shape {column.shape}; expected one value per example, ({n},)'
-      )
-  keep = np.ones(n, bool) if is_real is None else np.asarray(is_real)
-  return [{name: _plain(v[i]) for name, v in table.items()} for i in np.flatnonzero(keep)]
-
-
-def _plain(value: Any) -> bool | int | float | None:
-  if isinstance(value, np.floating):
-    # The shortest decimal that is this float32, not float64's seventeen digits of it.
-    return float(str(value)) if np.isfinite(value) else None
-  return value.item()
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:

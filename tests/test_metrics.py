@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from adv2_jax import classifier, metrics, types
+from adv2_jax import classifier, images, metrics, types
 
 # Values on a coarse grid give ties, which is where ranks and quantiles go wrong.
 GRID = st.integers(0, 8).map(lambda i: i / 8)
@@ -201,7 +201,7 @@ def test_localisation_by_hand():
   mask[2, 0, 0] = True  # a zero map points at its first pixel
   np.testing.assert_array_equal(metrics.pointing_game(m, mask), [1, 0, 1, np.nan])
   np.testing.assert_array_equal(metrics.pointing_game(m, np.flip(mask, 2)), [0, 1, 0, np.nan])
-  full = np.asarray(metrics.upsample(m, (16, 16)), np.float64)
+  full = np.asarray(images.upsample(m, (16, 16)), np.float64)
   expected = [(full[i] * mask[i]).sum() / full[i].sum() for i in (0, 1)]
   np.testing.assert_allclose(metrics.energy_inside(m, mask), [*expected, 0, np.nan], rtol=1e-6)
   everything = np.ones_like(mask)
@@ -211,7 +211,7 @@ def test_localisation_by_hand():
 def test_upsampling_equals_scipy_zoom():
   m = pair(4, (2, 7, 5))[0]
   expected = [scipy.ndimage.zoom(z, (4, 6), order=1, mode='nearest', grid_mode=True) for z in m]
-  np.testing.assert_allclose(metrics.upsample(m, (28, 30)), expected, atol=1e-6)
+  np.testing.assert_allclose(images.upsample(m, (28, 30)), expected, atol=1e-6)
 
 
 # Prediction and perturbation.
@@ -365,22 +365,6 @@ def test_score_is_equivariant_and_marks_nonfinite(bench, key):
 
 
 # On the host.
-
-
-def test_records_leave_out_padding_and_write_none():
-  scores = {
-    'success': jnp.array([True, False, True]),
-    'map_l1': jnp.array([0.1, np.nan, 0.3], jnp.float32),
-    'prediction': jnp.array([3, 4, 5]),
-  }
-  rows = metrics.records(scores, is_real=[True, True, False], id=np.array([7, 9, 0]))
-  assert rows == [
-    {'id': 7, 'success': True, 'map_l1': 0.1, 'prediction': 3},
-    {'id': 9, 'success': False, 'map_l1': None, 'prediction': 4},
-  ]
-  assert [type(v) for v in rows[0].values()] == [int, bool, float, int]
-  with pytest.raises(types.InputError, match=r'column success has shape \(3,\).*\(2,\)'):
-    metrics.records(scores, label=np.zeros(2))
 
 
 @pytest.mark.parametrize(('k', 'n'), [(0, 10), (10, 10), (1, 1), (37, 64), (499, 500)])

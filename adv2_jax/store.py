@@ -1,0 +1,388 @@
+"""The result store: a working directory that is whole whenever the run is killed.
+
+Results are written shard by shard; a shard is one batch of one (attack, interpreter). All its files
+are first written and synced under `shards/.tmp-<key>/`, its record last; then each is renamed to
+its place, and the record `shards/<key>.json` last of all. So an example counts exactly when its
+record is there. A run killed before the staging was complete leaves nothing of the shard; killed
+after it, the next `create` finishes the renaming.
+
+    config.json                          every flag, written first
+    shards/<attack>-<interpreter>-<id>.json   per-example records; <id> is the shard's first example
+    examples/…/<id>.png, maps/…/<id>.npy, flows/…/<id>.npy
+    examples.csv, metrics.json, history.json   assembled from the records at the end
+"""
+
+import contextlib
+import csv
+import datetime
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adv2_jax import images
+from adv2_jax.types import InputError
+
+ATTACKS = ('benign', 'other', 'pgd', 'adv2', 'adv2_joint')
+CSV_FIELDS = (
+  'id',
+  'attack',
+  'interpreter',
+  'label',
+  'target',
+  'prediction',
+  'confidence',
+  'success',
+  'map_l1',
+  'map_iou',
+)
+# Flags that say where and on what a run happens, not what comes out; a resumed run may change them.
+FREE_FLAGS = frozenset(
+  {
+    'workdir',
+    'resume',
+    'batch_size',
+    'num_devices',
+    'coordinator',
+    'process_id',
+    'num_processes',
+  }
+)
+
+
+class StoreError(InputError):
+  """The working directory cannot be used or written; one line that says what to do."""
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  """Turns the operating system's refusals into one line."""
+  try:
+    yield
+  except OSError as error:
+    raise StoreError(
+      f'cannot write {error.filename or path}: {error.strerror or error}; '
+      'make room or choose a writable --workdir, then go on with --resume'
+    ) from error
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+  """Eight hex digits of the flags that change results."""
+  text = json.dumps({k: v for k, v in plain(config).items() if k not in FREE_FLAGS}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
+  """`runs/<date-time>-<config hash>`."""
+  return pathlib.Path('runs') / f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{config_hash(config)}'
+
+
+def plain(value: Any) -> Any:
+  """JSON's types from numpy's and jax's; a float that is not finite becomes None."""
+  if isinstance(value, Mapping):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, np.floating):
+    value = float(str(value))  # the shortest decimal that is this float32
+  elif isinstance(value, np.generic):
+    value = value.item()
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  if isinstance(value, pathlib.PurePath):
+    return str(value)
+  if hasattr(value, '__array__'):
+    value = np.asarray(value)
+    return [plain(v) for v in value] if value.ndim else plain(value[()])
+  return [plain(v) for v in value]
+
+
+def as_records(
+  scores: Mapping[str, Any], is_real: Any = None, **columns: Any
+) -> list[dict[str, Any]]:
+  """One plain dict per real example, from columns [B]: what is written and what is aggregated.
+
+  Args:
+    scores: what `metrics.score` gave.
+    is_real: bool[B]; padding rows (False) are left out.
+    **columns: further columns, put first: id, label, target.
+
+  Returns:
+    Dicts of Python numbers; a value that is not finite becomes None.
+
+  Raises:
+    InputError: when a column has another length.
+  """
+  table = {name: np.asarray(value) for name, value in {**columns, **scores}.items()}
+  n = len(next(iter(table.values())))
+  for name, column in table.items():
+    if column.shape != (n,):
+      raise InputError(f'column {name} has shape {column.shape}; expected one per example, ({n},)')
+  keep = np.ones(n, bool) if is_real is None else np.asarray(is_real)
+  return [{name: plain(v[i]) for name, v in table.items()} for i in np.flatnonzero(keep)]
+
+
+def _json_bytes(value: Any, indent: int | None = 1) -> bytes:
+  return (json.dumps(plain(value), indent=indent, allow_nan=False) + '\n').encode()
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+class Workdir(NamedTuple):
+  """A working directory; made by `create`, or by `open` for reading.
+
+  Attributes:
+    path: where it is.
+    config: every flag of the run.
+  """
+
+  path: pathlib.Path
+  config: dict[str, Any]
+
+  @classmethod
+  def create(
+    cls, path: str | os.PathLike, config: Mapping[str, Any], resume: bool = False
+  ) -> 'Workdir':
+    """Starts a run in a new directory, or goes on with the one that is there.
+
+    Call it in one process only, before the others write: it clears away what a killed run left.
+
+    Args:
+      path: the directory; made if it does not exist.
+      config: every flag.
+      resume: allow a directory that already holds a run of the same config.
+
+    Raises:
+      StoreError: the directory holds something and `resume` is False; with `resume`, a flag that
+        changes results differs, or what is there is no run; it cannot be written.
+    """
+    path = pathlib.Path(path)
+    flags: dict[str, Any] = plain(config)
+    if path.exists() and not path.is_dir():
+      raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
+    with _writing(path):
+      path.mkdir(parents=True, exist_ok=True)
+      if any(not p.name.startswith('.') for p in path.iterdir()):
+        if not resume:
+          raise StoreError(
+            f'workdir {path} is not empty; go on with that run by --resume, '
+            'or choose another --workdir'
+          )
+        _refuse_other_config(path, flags)
+      workdir = cls(path, flags)
+      # Also shows, before any work is done, whether the directory can be written.
+      images.write_atomic(path / 'config.json', _json_bytes(flags))
+      workdir._recover()
+    return workdir
+
+  @classmethod
+  def open(cls, path: str | os.PathLike) -> 'Workdir':
+    """The run in an existing directory, to read it or to write further shards.
+
+    Raises:
+      StoreError: there is no run.
+    """
+    path = pathlib.Path(path)
+    return cls(path, _read_json(path / 'config.json', 'has no config.json, so it is not a run'))
+
+  def done(self, attack: str, interpreter: str) -> set[int]:
+    """Ids of the examples that are finished; whatever batches they were done in."""
+    return {record['id'] for record in self.records(attack, interpreter)}
+
+  def records(self, attack: str, interpreter: str) -> list[dict[str, Any]]:
+    """The finished examples' records, in the order of their ids."""
+    found = [r for shard in self.shards(attack, interpreter) for r in shard['records']]
+    return sorted(found, key=lambda record: record['id'])
+
+  def shards(self, attack: str, interpreter: str) -> list[dict[str, Any]]:
+    """What `write_shard` was given, per finished shard: attack, interpreter, records, extras."""
+    return [
+      shard
+      for shard in self._all_shards()
+      if (shard['attack'], shard['interpreter']) == (attack, interpreter)
+    ]
+
+  def _all_shards(self) -> list[dict[str, Any]]:
+    files = sorted((self.path / 'shards').glob('[!.]*.json'))
+    return [_read_json(file, 'is damaged; remove it and run again with --resume') for file in files]
+
+  def write_shard(
+    self,
+    attack: str,
+    interpreter: str,
+    records: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, Any],
+    **extras: Any,
+  ) -> None:
+    """Writes one finished batch; all of it or, if the run is killed, nothing.
+
+    Args:
+      attack: one of ATTACKS.
+      interpreter: its name.
+      records: one dict per example with at least 'id'; see `as_records`.
+      arrays: folder → one array per record, in the same order: u8[n,H,W,3] becomes
+        `<folder>/<id>.png`, anything else `<folder>/<id>.npy` in float32.
+      **extras: what else to keep with the shard, such as seconds or curves (see `write_history`).
+
+    Raises:
+      StoreError: it cannot be written; nothing stands under the final names.
+    """
+    if not records:
+      return
+    for folder, array in arrays.items():
+      if len(array) != len(records):
+        raise ValueError(f'{folder}: {len(array)} arrays for {len(records)} records')
+    key = f'{attack}-{interpreter}-{records[0]["id"]:06d}'
+    staging = self.path / 'shards' / f'.tmp-{key}'
+    record = {'attack': attack, 'interpreter': interpreter, 'records': records, **extras}
+    with _writing(self.path):
+      try:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder, array in arrays.items():
+          (staging / folder).mkdir(parents=True, exist_ok=True)
+          for row, value in zip(records, np.asarray(array), strict=True):
+            _write_array(staging / folder / f'{row["id"]:06d}', value)
+          _sync_directory(staging / folder)
+        staging.mkdir(parents=True, exist_ok=True)
+        images.write_atomic(staging / 'record.json', _json_bytes(record, None))
+        _sync_directory(staging)
+      except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+      self._publish(staging)
+
+  def _publish(self, staging: pathlib.Path) -> None:
+    """Renames a complete staging directory's files to their places, the record last."""
+    folders = set()
+    for file in sorted(p for p in staging.rglob('*') if p.is_file() and p.parent != staging):
+      final = self.path / file.relative_to(staging)
+      final.parent.mkdir(parents=True, exist_ok=True)
+      os.replace(file, final)
+      folders.add(final.parent)
+    for folder in folders:
+      _sync_directory(folder)
+    os.replace(staging / 'record.json', self.path / 'shards' / f'{staging.name[5:]}.json')
+    _sync_directory(self.path / 'shards')
+    shutil.rmtree(staging)
+
+  def _recover(self) -> None:
+    """Finishes the shards a killed run had staged completely and removes the others."""
+    for staging in sorted((self.path / 'shards').glob('.tmp-*')):
+      if (staging / 'record.json').exists():
+        self._publish(staging)
+      else:
+        shutil.rmtree(staging)
+
+  def write_json(self, name: str, value: Any) -> None:
+    """Writes `<name>` atomically; what is not finite becomes null."""
+    with _writing(self.path):
+      images.write_atomic(self.path / name, _json_bytes(value))
+
+  def write_history(self) -> None:
+    """Writes `history.json`: the curves of all shards, as means over examples.
+
+    A shard that has them was written with `curves={'step': [T], name: [T][n], …}`, per-example
+    values at `step` gradient evaluations. A shard that stopped early is continued by its last
+    values, because a finished example is held still.
+    """
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for shard in self._all_shards():
+      if shard.get('curves'):
+        by_name.setdefault(f'{shard["attack"]}/{shard["interpreter"]}', []).append(shard['curves'])
+    self.write_json('history.json', {'curves': {k: _pool(v) for k, v in sorted(by_name.items())}})
+
+  def finish(self, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> None:
+    """Writes `examples.csv`, `history.json` and `metrics.json`; the last one ends the run."""
+    self.write_history()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(CSV_FIELDS)
+    for record in self.examples():
+      writer.writerow([_csv(record.get(field)) for field in CSV_FIELDS])
+    with _writing(self.path):
+      images.write_atomic(self.path / 'examples.csv', text.getvalue().encode())
+    self.write_json(
+      'metrics.json', {'config': self.config, 'environment': environment, 'rows': rows}
+    )
+
+  def examples(self) -> list[dict[str, Any]]:
+    """All records with their attack and interpreter, by id, attack and interpreter."""
+    found = [
+      {'attack': shard['attack'], 'interpreter': shard['interpreter'], **record}
+      for shard in self._all_shards()
+      for record in shard['records']
+    ]
+
+    def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+      attack = record['attack']
+      rank = ATTACKS.index(attack) if attack in ATTACKS else len(ATTACKS)
+      return record['id'], rank, attack, record['interpreter']
+
+    return sorted(found, key=order)
+
+
+def _read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise StoreError(f'{path.parent} {otherwise}') from None
+  except (OSError, ValueError) as error:
+    raise StoreError(f'{path} {otherwise} ({error})') from None
+
+
+def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  old = _read_json(
+    path / 'config.json', 'holds no run that could be resumed; choose another --workdir'
+  )
+  for name in sorted((old.keys() | config.keys()) - FREE_FLAGS):
+    if old.get(name) != config.get(name):
+      raise StoreError(
+        f'workdir {path} was made with --{name} {old.get(name)!r}, now it is '
+        f'{config.get(name)!r}; repeat the old flag to resume, or choose another --workdir'
+      )
+
+
+def _write_array(stem: pathlib.Path, value: np.ndarray) -> None:
+  if value.dtype == np.uint8:
+    content, path = images.encode_png(value), stem.with_suffix('.png')
+  else:
+    buffer = io.BytesIO()
+    np.save(buffer, value.astype(np.float32), allow_pickle=False)
+    content, path = buffer.getvalue(), stem.with_suffix('.npy')
+  with open(path, 'wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _pool(curves: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+  steps = max((c['step'] for c in curves), key=len)
+
+  def mean_at(name: str, t: int) -> float | None:
+    columns = (c[name][min(t, len(c[name]) - 1)] for c in curves)
+    values = [v for column in columns for v in column if v is not None]
+    return float(f'{math.fsum(values) / len(values):.6g}') if values else None
+
+  names = [name for name in curves[0] if name != 'step']
+  return {'step': steps, **{n: [mean_at(n, t) for t in range(len(steps))] for n in names}}
+
+
+def _csv(value: Any) -> str:
+  if value is None:
+    return ''
+  if isinstance(value, bool):
+    return str(int(value))
+  return f'{value:.6g}' if isinstance(value, float) else str(value)
