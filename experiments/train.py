@@ -34,7 +34,6 @@ from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import InputError
 from experiments import _train_flags
 
-_train_flags.define_train_flags()
 FLAGS = flags.FLAGS
 NUM_SCENES = 16000
 # These may differ between a run and its continuation.
@@ -236,4 +235,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  _train_flags.define_train_flags()
   app.run(main)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from adv2_jax.data import scenes as scene_lib
+from adv2_jax.data import scene_painter
 from adv2_jax.data import sources
 from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.data.masks import read_masks
@@ -27,7 +27,7 @@ def scenes(
   image_size: int | None = None,
   skip_corrupt: bool = False,
 ) -> Dataset:
-  """The built-in scenes with their exact masks, drawn when asked for; see `data.scenes`.
+  """The built-in scenes with their exact masks, drawn when asked for; see `data.scene_painter`.
 
   Args:
     split: 'train', 'validation' or 'test': disjoint streams of scenes.
@@ -39,17 +39,19 @@ def scenes(
   Raises:
     InputError: unknown split.
   """
-  if split not in scene_lib.SPLITS:
-    raise InputError(f'scenes have no split {split!r}; they have: {", ".join(scene_lib.SPLITS)}')
+  if split not in scene_painter.SPLITS:
+    raise InputError(
+      f'scenes have no split {split!r}; they have: {", ".join(scene_painter.SPLITS)}'
+    )
   if not 0 <= n <= 2**31:
     raise InputError(f'number of scenes {n} is not in 0…2³¹')
   # The last few are kept: image and mask of one example are usually asked for together.
-  render = functools.lru_cache(maxsize=64)(functools.partial(scene_lib.render, seed, split))
+  render = functools.lru_cache(maxsize=64)(functools.partial(scene_painter.render, seed, split))
   return Dataset(
     name='scenes',
-    labels=np.arange(n) % len(scene_lib.CLASS_NAMES),
-    num_classes=len(scene_lib.CLASS_NAMES),
-    class_names=scene_lib.CLASS_NAMES,
+    labels=np.arange(n) % len(scene_painter.CLASS_NAMES),
+    num_classes=len(scene_painter.CLASS_NAMES),
+    class_names=scene_painter.CLASS_NAMES,
     decode=lambda i: render(i)[0],
     describe=lambda i: f'scene {i} of {split}',
     mask_of=lambda i: render(i)[1],
