@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from adv2_jax.data import scene_painter
-from adv2_jax.data import sources
+from adv2_jax.data import scene_painter, sources
 from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError

@@ -37,16 +37,17 @@ def _existing(data_path: str | pathlib.Path | None, what: str) -> pathlib.Path:
 
 
 def read_npz(path: pathlib.Path) -> Mapping[str, np.ndarray]:
-  """The arrays of an .npz file, read when asked for; pickled objects are refused.
+  """The arrays of an .npz file; pickled objects are refused.
 
   Raises:
     InputError: not an .npz file, cut short, or an array in it is a pickle.
   """
   try:
-    arrays = np.load(path, allow_pickle=False)
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-      raise ValueError('a single array, not an archive')
-    return {key: arrays[key] for key in arrays.files}
+    with path.open('rb') as file:
+      arrays = np.load(file, allow_pickle=False)
+      if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError('a single array, not an archive')
+      return {key: arrays[key] for key in arrays.files}
   except Exception as error:  # zip, zlib, numpy and OS errors: all mean the file is unusable.
     reason = 'it contains pickled objects' if 'allow_pickle' in str(error) else error
     raise InputError(f'{path} is not a readable .npz of plain arrays: {reason}') from None

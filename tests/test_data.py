@@ -1,0 +1,385 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import shared_data
+
+from adv2_jax import data, images
+from adv2_jax.data.masks import read_masks
+from adv2_jax.types import InputError
+
+
+def pictures(n: int, size: int = 12) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Six PNGs in the sub-folders ant and bee; the picture number is the data set's id."""
+  root = tmp_path / 'images'
+  for i, image in enumerate(pictures(6)):
+    images.write_png(root / ('ant' if i < 3 else 'bee') / f'{i}.png', image)
+  return root
+
+
+def write_packed(path, n=5, **arrays):
+  files = [images.encode_png(image) for image in pictures(n)]
+  whole = {
+    'blob': np.frombuffer(b''.join(files), np.uint8),
+    'offsets': np.cumsum([0, *map(len, files)]),
+    'y': np.arange(n) % 3,
+  }
+  np.savez(path, **{k: v for k, v in {**whole, **arrays}.items() if v is not None})
+  return path
+
+
+def write_npz(path, **arrays):
+  np.savez(path, **{'image': pictures(4), 'label': np.array([0, 2, 1, 2]), **arrays})
+  return path
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_folder_of_class_folders(folder):
+  (folder / '.hidden').mkdir()
+  (folder / 'ant' / 'notes.txt').write_text('not an image')
+  dataset = data.load('folder', folder)
+  assert dataset.class_names == ('ant', 'bee')
+  np.testing.assert_array_equal(dataset.labels, [0, 0, 0, 1, 1, 1])
+  assert dataset.labels.dtype == np.int32
+  np.testing.assert_array_equal(dataset.images(dataset.ids), pictures(6))
+  assert dataset.mask(0) is None
+  assert 'bee' in dataset.describe(4)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'expected', 'names'),
+  [(['2', '0', '2'], [2, 0, 2], None), (['cat', 'ant', 'cat'], [1, 0, 1], ('ant', 'cat'))],
+)
+def test_folder_with_labels_csv(folder, labels, expected, names):
+  with (folder / 'labels.csv').open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(['file', 'label'])
+    writer.writerows(zip(['bee/4.png', 'ant/0.png', 'bee/3.png'], labels, strict=True))
+  dataset = data.load('folder', folder)
+  np.testing.assert_array_equal(dataset.labels, expected)
+  assert dataset.class_names == names
+  np.testing.assert_array_equal(dataset.images([0, 1, 2]), pictures(6)[[4, 0, 3]])
+
+
+def test_npz(tmp_path):
+  dataset = data.load('npz', write_npz(tmp_path / 'a.npz'))
+  np.testing.assert_array_equal(dataset.labels, [0, 2, 1, 2])
+  np.testing.assert_array_equal(dataset.images([3, 1]), pictures(4)[[3, 1]])
+  assert dataset.num_classes == 3
+
+
+def test_packed_and_its_label_keys(tmp_path):
+  path = write_packed(tmp_path / 'a.npz', y_fine=np.arange(5) + 90, names=np.array(list('xyz')))
+  dataset = data.load('packed', path)
+  np.testing.assert_array_equal(dataset.labels, [0, 1, 2, 0, 1])
+  np.testing.assert_array_equal(dataset.images(range(5)), pictures(5))
+  assert dataset.class_names == ('x', 'y', 'z')
+  fine = data.load('packed', path, label_key='y_fine')
+  np.testing.assert_array_equal(fine.labels, np.arange(90, 95))
+  assert fine.class_names is None
+
+
+def test_images_are_resized_only_when_of_another_size(folder):
+  np.testing.assert_array_equal(data.load('folder', folder, image_size=12).image(2), pictures(6)[2])
+  assert data.load('folder', folder, image_size=8).images([0, 5]).shape == (2, 8, 8, 3)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A tiny set in CIFAR-10's place, prepared by tfds in a random-access format."""
+  tfds = pytest.importorskip('tensorflow_datasets')
+  pytest.importorskip('array_record')
+  from tensorflow_datasets.core import registered
+
+  with registered.skip_registration():
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder):
+      pkg_dir_path = None
+      VERSION = tfds.core.Version('3.0.2')
+
+      def _info(self):
+        names = [f'class {i}' for i in range(10)]
+        return tfds.core.DatasetInfo(
+          builder=self,
+          features=tfds.features.FeaturesDict(
+            {
+              'image': tfds.features.Image(shape=(12, 12, 3)),
+              'label': tfds.features.ClassLabel(names=names),
+            }
+          ),
+          disable_shuffling=True,
+        )
+
+      def _split_generators(self, dl_manager):
+        return {'test': self._generate_examples()}
+
+      def _generate_examples(self):
+        for i, image in enumerate(pictures(5)):
+          yield i, {'image': images.encode_png(image), 'label': 9 - i}
+
+  root = tmp_path_factory.mktemp('tfds')
+  Cifar10(data_dir=root, file_format='array_record').download_and_prepare()
+  return root
+
+
+def test_prepared_tfds_set_is_read_without_tensorflow(prepared):
+  import sys
+
+  dataset = data.load('cifar10', prepared)
+  assert 'tensorflow' not in sys.modules
+  np.testing.assert_array_equal(dataset.labels, [9, 8, 7, 6, 5])
+  np.testing.assert_array_equal(dataset.images(range(5)), pictures(5))
+  assert dataset.class_names[2] == 'class 2'
+  with pytest.raises(InputError, match="no split 'train'; it has: test"):
+    data.load('cifar10', prepared, split='train')
+
+
+def test_unprepared_tfds_set_says_how_to_prepare_it(tmp_path):
+  with pytest.raises(InputError, match='download_and_prepare') as error:
+    data.load('imagenette', tmp_path)
+  assert 'imagenette/full-size-v2' in str(error.value)
+  assert str(tmp_path) in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_masks_from_bits_follow_the_image_through_resize_and_crop(tmp_path):
+  mask = np.zeros((5, 12, 12), bool)
+  mask[:4, 2:7, 3:9] = True
+  np.savez(tmp_path / 'bool.npz', mask=mask)
+  packed = np.packbits(mask.reshape(5, -1), axis=1)
+  np.savez(tmp_path / 'bits.npz', packed=packed, shape=np.array([12, 12]))
+  path = write_packed(tmp_path / 'a.npz')
+  for name in ('bool.npz', 'bits.npz'):
+    dataset = data.load('packed', path, masks=tmp_path / name)
+    np.testing.assert_array_equal(dataset.mask(1), mask[1])
+    assert dataset.mask(4) is None
+    small = data.load('packed', path, masks=tmp_path / name, image_size=7)
+    expected = images.resize_crop(mask[1], 7, nearest=True)
+    np.testing.assert_array_equal(small.mask(1), expected)
+    assert 0 < expected.sum() < 30
+
+
+def test_boxes_in_the_frame_of_the_224_crop(tmp_path):
+  boxes = [
+    [[10, 20, 30, 50]],
+    [[5, 5, 5, 9]],
+    [[0, 0, 2, 224], [222.6, 0, 224, 3]],
+    [[9, 9, 3, 20]],
+  ]
+  (tmp_path / 'b.json').write_text(json.dumps({'boxes_crop224_xyxy': boxes}))
+  image = pictures(4, 260)
+  path = write_npz(tmp_path / 'a.npz', image=image)
+  dataset = data.load('npz', path, masks=tmp_path / 'b.json', image_size=224)
+  expected = np.zeros((224, 224), bool)
+  expected[20:50, 10:30] = True
+  np.testing.assert_array_equal(dataset.mask(0), expected)
+  assert dataset.mask(1) is None
+  assert dataset.mask(3) is None
+  assert dataset.mask(2).sum() == 2 * 224 + 1 * 3
+  with pytest.raises(InputError, match=r'224×224 pixels.*image_size'):
+    data.load('npz', path, masks=tmp_path / 'b.json', image_size=112)
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'message'),
+  [
+    ({'mask': np.ones((4, 12, 12), bool)}, 'covers 4 examples, the data set has 5'),
+    ({'mask': np.ones((5, 12, 12))}, 'expected bool'),
+    ({'masks': np.ones((5, 12, 12), bool)}, 'expected mask, or packed and shape'),
+    ({'packed': np.ones((5, 17), np.uint8), 'shape': np.array([12, 12])}, r'uint8 \[N,18\]'),
+  ],
+)
+def test_bad_mask_files(tmp_path, arrays, message):
+  np.savez(tmp_path / 'm.npz', **arrays)
+  with pytest.raises(InputError, match=message):
+    read_masks(tmp_path / 'm.npz', 5)
+  with pytest.raises(InputError, match='does not exist'):
+    read_masks(tmp_path / 'absent.npz', 5)
+  (tmp_path / 'm.json').write_text('{"boxes": []}')
+  with pytest.raises(InputError, match='expected JSON with boxes_crop224_xyxy'):
+    read_masks(tmp_path / 'm.json', 5)
+
+
+# --- bad input: one line, before any work ---------------------------------------------------------
+
+
+def test_a_corrupt_image_stops_the_run_and_is_named(folder):
+  (folder / 'ant' / '1.png').write_bytes((folder / 'ant' / '1.png').read_bytes()[:90])
+  with pytest.raises(InputError, match=r'ant/1\.png cannot be decoded') as error:
+    data.load('folder', folder)
+  assert '\n' not in str(error.value)
+
+
+def test_a_corrupt_image_can_be_skipped_and_ids_stay(folder):
+  (folder / 'ant' / '1.png').write_bytes(b'')
+  dataset = data.load('folder', folder, skip_corrupt=True)
+  np.testing.assert_array_equal(dataset.ids, [0, 2, 3, 4, 5])
+  assert dataset.num_skipped == 1
+  assert len(dataset) == 6
+  np.testing.assert_array_equal(dataset.images(dataset.ids), pictures(6)[dataset.ids])
+
+
+def test_nothing_left_after_skipping(folder):
+  for path in folder.glob('*/*.png'):
+    path.write_bytes(b'')
+  with pytest.raises(InputError, match='no readable image'):
+    data.load('folder', folder, skip_corrupt=True)
+
+
+def test_large_sets_are_checked_where_asked(folder, monkeypatch):
+  monkeypatch.setattr(data, 'CHECK_ALL_UP_TO', 5)
+  (folder / 'bee' / '4.png').write_bytes(b'')
+  dataset = data.load('folder', folder)
+  assert len(dataset.check([0, 1]).ids) == 6
+  with pytest.raises(InputError, match=r'4\.png'):
+    dataset.check([3, 4])
+
+
+def test_unequal_sizes_ask_for_image_size(folder):
+  images.write_png(folder / 'bee' / '4.png', np.zeros((9, 12, 3), np.uint8))
+  with pytest.raises(InputError, match=r'4\.png is 9×12 pixels.*--image_size'):
+    data.load('folder', folder)
+  assert len(data.load('folder', folder, image_size=8)) == 6
+
+
+FLOATS = pictures(4).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'message'),
+  [
+    ({'image': FLOATS}, 'is float32 from 0 to 255: expected uint8'),
+    ({'image': FLOATS / 255}, 'is float32 from 0 to 1: expected uint8'),
+    ({'image': np.where(FLOATS > 200, np.nan, FLOATS)}, 'is NaN: expected uint8'),
+    ({'image': pictures(4)[..., 0]}, r'shape \[4, 12, 12\]: expected \[N,H,W,3\]'),
+    ({'image': pictures(4)[0]}, r'shape \[12, 12, 3\]'),
+    ({'image': np.zeros((0, 4, 4, 3), np.uint8), 'label': np.zeros(0, int)}, 'is empty'),
+    ({'label': np.array([0, 1, -1, 2])}, 'label -1 of example 2'),
+    ({'label': np.array([0, 1, 2])}, r'shape \[3\] for 4 images'),
+    ({'label': np.array([0.0, 1, 2, 3])}, 'expected integers'),
+  ],
+)
+def test_bad_npz(tmp_path, arrays, message):
+  with pytest.raises(InputError, match=message):
+    data.load('npz', write_npz(tmp_path / 'a.npz', **arrays))
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'message'),
+  [
+    ({'blob': None}, "no array 'blob'; it has: offsets, y"),
+    ({'offsets': np.array([0, 10, 5, 20, 30, 40])}, 'do not rise'),
+    ({'offsets': np.array([0, 10, 20, 30, 40, 10**6])}, 'do not rise'),
+    ({'offsets': np.linspace(0, 40, 6)}, 'expected integers'),
+    ({'blob': np.zeros(4, np.float32)}, 'expected uint8'),
+    ({'y': np.arange(4)}, r'shape \[4\] for 5 images'),
+    ({'offsets': np.array([0, 10, 20, 30, 40, 50])}, r'image 0 of .*a\.npz cannot be decoded'),
+  ],
+)
+def test_bad_packed(tmp_path, arrays, message):
+  with pytest.raises(InputError, match=message):
+    data.load('packed', write_packed(tmp_path / 'a.npz', **arrays))
+
+
+def test_unknown_label_key_lists_those_there_are(tmp_path):
+  path = write_packed(tmp_path / 'a.npz', y_imagenet=np.arange(5))
+  with pytest.raises(InputError, match=r"no array 'fine'; it has: .*y, y_imagenet"):
+    data.load('packed', path, label_key='fine')
+
+
+@pytest.mark.parametrize('kind', ['npz', 'packed'])
+def test_pickles_halves_and_other_files_are_refused(tmp_path, kind):
+  path = tmp_path / 'a.npz'
+  np.savez(path, image=np.array([{'a': 1}], dtype=object), label=np.zeros(1, int))
+  with pytest.raises(InputError, match='pickled'):
+    data.load(kind, path)
+  write_packed(path)
+  path.write_bytes(path.read_bytes()[:500])
+  with pytest.raises(InputError, match=r'a\.npz is not a readable \.npz'):
+    data.load(kind, path)
+  path.write_bytes(b'\x80\x04nonsense')
+  with pytest.raises(InputError, match='not a readable'):
+    data.load(kind, path)
+
+
+def test_missing_paths_and_names(tmp_path, folder):
+  with pytest.raises(InputError, match=r"'imagenet'; expected one of scenes, cifar10.*packed"):
+    data.load('imagenet')
+  with pytest.raises(InputError, match='needs --data_path'):
+    data.load('folder')
+  with pytest.raises(InputError, match='absent does not exist'):
+    data.load('folder', tmp_path / 'absent')
+  with pytest.raises(InputError, match='not a folder'):
+    data.load('folder', folder / 'ant' / '0.png')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(InputError, match='has no images'):
+    data.load('folder', tmp_path / 'empty')
+  with pytest.raises(InputError, match='no splits'):
+    data.load('folder', folder, split='test')
+  with pytest.raises(InputError, match='only packed'):
+    data.load('folder', folder, label_key='y_imagenet')
+  with pytest.raises(InputError, match='image_size 0'):
+    data.load('folder', folder, image_size=0)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('name,class\na.png,1\n', 'expected the columns file,label'),
+    ('file,label\n', 'lists no images'),
+    ('file,label\nant/0.png,1\nant/9.png,1\n', r'line 3: .*9\.png does not exist'),
+    ('file,label\nant/0.png,\n', 'line 2: .*has no label'),
+    ('file,label\nant/0.png,-3\n', 'label -3 of example 0'),
+  ],
+)
+def test_bad_labels_csv(folder, text, message):
+  (folder / 'labels.csv').write_text(text)
+  with pytest.raises(InputError, match=message):
+    data.load('folder', folder)
+
+
+def test_labels_beyond_the_classifier(folder):
+  dataset = data.load('folder', folder)
+  dataset.check_classes(2)
+  with pytest.raises(InputError, match='label 1 of example 3 of folder is outside 0…0'):
+    dataset.check_classes(1)
+
+
+# --- the real sets --------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_lesion_masks_fit_their_images():
+  dataset = data.load(
+    'packed', shared_data('ham10000.npz'), masks=shared_data('ham10000_masks.npz'), image_size=112
+  )
+  assert dataset.class_names == ('akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc')
+  darker = [
+    dataset.image(i)[dataset.mask(i)].mean() < dataset.image(i)[~dataset.mask(i)].mean()
+    for i in range(0, 10000, 250)
+  ]
+  assert np.mean(darker) > 0.9  # lesions are darker than the skin around them
+
+
+@pytest.mark.real
+def test_imagenet_boxes_fit_their_images():
+  dataset = data.load(
+    'packed',
+    shared_data('imagenet_val_500.npz'),
+    masks=shared_data('imagenet_val_500_boxes.json'),
+  )
+  known = [dataset.mask(i) is not None for i in dataset.ids]
+  assert len(dataset) == 500
+  assert np.mean(known) > 0.95
+  assert dataset.labels[0] == 65
