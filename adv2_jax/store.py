@@ -57,6 +57,16 @@ FREE_FLAGS = frozenset(
 )
 
 
+def image_folder(attack: str, interpreter: str) -> str:
+  """Where the images of an attack lie: only `adv2` has its own for each interpreter."""
+  return f'examples/adv2/{interpreter}' if attack == 'adv2' else f'examples/{attack}'
+
+
+def map_folder(attack: str, interpreter: str) -> str:
+  """Where the maps lie that this interpreter draws; attack 'target' for the wanted ones."""
+  return f'maps/{attack}/{interpreter}'
+
+
 class StoreError(InputError):
   """The working directory cannot be used or written; one line that says what to do."""
 
@@ -196,7 +206,7 @@ class Workdir(NamedTuple):
       StoreError: there is no run.
     """
     path = pathlib.Path(path)
-    return cls(path, _read_json(path / 'config.json', 'has no config.json, so it is not a run'))
+    return cls(path, read_json(path / 'config.json', 'has no config.json, so it is not a run'))
 
   def done(self, attack: str, interpreter: str) -> set[int]:
     """Ids of the examples that are finished; whatever batches they were done in."""
@@ -217,7 +227,7 @@ class Workdir(NamedTuple):
 
   def _all_shards(self) -> list[dict[str, Any]]:
     files = sorted((self.path / 'shards').glob('[!.]*.json'))
-    return [_read_json(file, 'is damaged; remove it and run again with --resume') for file in files]
+    return [read_json(file, 'is damaged; remove it and run again with --resume') for file in files]
 
   def write_shard(
     self,
@@ -304,18 +314,33 @@ class Workdir(NamedTuple):
         by_name.setdefault(f'{shard["attack"]}/{shard["interpreter"]}', []).append(shard['curves'])
     self.write_json('history.json', {'curves': {k: _pool(v) for k, v in sorted(by_name.items())}})
 
-  def finish(self, rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> None:
-    """Writes `examples.csv`, `history.json` and `metrics.json`; the last one ends the run."""
+  def finish(
+    self,
+    rows: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
+  ) -> None:
+    """Writes `examples.csv`, `history.json` and `metrics.json`; the last one ends the run.
+
+    Args:
+      rows: one per (attack, interpreter), see `metrics.aggregate`.
+      environment: versions, devices, commit.
+      class_names: of the data set; those that occur are kept, for the report.
+    """
     self.write_history()
+    examples = self.examples()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(CSV_FIELDS)
-    for record in self.examples():
+    for record in examples:
       writer.writerow([_csv(record.get(field)) for field in CSV_FIELDS])
     with _writing(self.path):
       images.write_atomic(self.path / 'examples.csv', text.getvalue().encode())
+    seen = {record.get(field) for record in examples for field in ('label', 'target', 'prediction')}
+    names = {k: name for k, name in enumerate(class_names or ()) if k in seen}
     self.write_json(
-      'metrics.json', {'config': self.config, 'environment': environment, 'rows': rows}
+      'metrics.json',
+      {'config': self.config, 'environment': environment, 'rows': rows, 'class_names': names},
     )
 
   def examples(self) -> list[dict[str, Any]]:
@@ -334,7 +359,8 @@ class Workdir(NamedTuple):
     return sorted(found, key=order)
 
 
-def _read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
+def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
+  """The file's content; `otherwise` completes the error's sentence when there is none."""
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
@@ -344,7 +370,7 @@ def _read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
 
 
 def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-  old = _read_json(
+  old = read_json(
     path / 'config.json', 'holds no run that could be resumed; choose another --workdir'
   )
   for name in sorted((old.keys() | config.keys()) - FREE_FLAGS):

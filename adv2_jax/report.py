@@ -1,0 +1,606 @@
+"""`report.html` and `figures/*.png` of a working directory, from the files in it alone.
+
+The page is one file: pictures, curves and style are inside it, nothing is loaded from elsewhere.
+Whatever a run lacks (an attack, an interpreter, curves, masks) is left out.
+"""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from matplotlib.figure import Figure
+
+from adv2_jax import figures, images, store
+from adv2_jax.overlay import overlay
+
+_GALLERY_ROWS = 8
+_FILES = ('metrics.json', 'examples.csv', 'history.json', 'examples', 'maps', 'flows', 'figures')
+_PICTURE_SIDE = 224  # larger pictures are shrunk for the page
+_NUMBERS = ('id', 'label', 'target', 'prediction', 'confidence', 'success', 'map_l1', 'map_iou')
+
+
+class Results(NamedTuple):
+  """What a finished run left: its table, its examples, its curves."""
+
+  path: pathlib.Path
+  config: Mapping[str, Any]
+  environment: Mapping[str, Any]
+  rows: Sequence[Mapping[str, Any]]
+  class_names: Mapping[str, str]
+  examples: Mapping[tuple[str, str, int], Mapping[str, float]]  # by (attack, interpreter, id)
+  curves: Mapping[str, Mapping[str, Sequence[float | None]]]
+
+  @property
+  def interpreters(self) -> list[str]:
+    """In the order of the table."""
+    return list(dict.fromkeys(row['interpreter'] for row in self.rows))
+
+  def row(self, attack: str, interpreter: str) -> Mapping[str, Any]:
+    """The table's row, empty when there is none."""
+    wanted = (attack, interpreter)
+    return next((r for r in self.rows if (r['attack'], r['interpreter']) == wanted), {})
+
+  def ids(self, interpreter: str) -> list[int]:
+    """Examples this interpreter has looked at, in data-set order."""
+    return sorted({i for _, name, i in self.examples if name == interpreter})
+
+  def class_name(self, label: float | None) -> str:
+    """The class's name where known, else its number."""
+    return '' if label is None else self.class_names.get(str(int(label)), f'class {int(label)}')
+
+  def image(self, attack: str, interpreter: str, example: int) -> np.ndarray | None:
+    """u8[H,W,3] or None."""
+    file = self.path / store.image_folder(attack, interpreter) / f'{example:06d}.png'
+    return images.read_image(file) if file.exists() else None
+
+  def map(self, attack: str, interpreter: str, example: int) -> np.ndarray | None:
+    """f32[h,w] or None."""
+    file = self.path / store.map_folder(attack, interpreter) / f'{example:06d}.npy'
+    return np.load(file, allow_pickle=False) if file.exists() else None
+
+
+def read_results(workdir: str | os.PathLike) -> Results:
+  """Reads metrics.json, examples.csv and, if there, history.json.
+
+  Raises:
+    StoreError: there is no finished run.
+  """
+  path = pathlib.Path(workdir)
+  metrics = store.read_json(path / 'metrics.json', 'has no metrics.json: the run is not finished')
+  history = path / 'history.json'
+  with open(path / 'examples.csv', newline='', encoding='utf-8') as file:
+    lines = list(csv.DictReader(file))
+  return Results(
+    path=path,
+    config=metrics.get('config', {}),
+    environment=metrics.get('environment', {}),
+    rows=metrics['rows'],
+    class_names=metrics.get('class_names', {}),
+    examples={
+      (line['attack'], line['interpreter'], int(line['id'])): {
+        name: float(line[name]) for name in _NUMBERS if line[name]
+      }
+      for line in lines
+    },
+    curves=json.loads(history.read_text(encoding='utf-8'))['curves'] if history.exists() else {},
+  )
+
+
+def write_report(workdir: str | os.PathLike) -> pathlib.Path:
+  """Writes `figures/*.png` and `report.html` into a finished run's directory.
+
+  Returns:
+    The path of `report.html`.
+
+  Raises:
+    StoreError: there is no finished run.
+  """
+  results = read_results(workdir)
+  galleries = {name: _gallery(results, name) for name in results.interpreters}
+  with figures.style():
+    drawn = dict(_figures(results))
+    for name, found in galleries.items():
+      if found.rows:
+        figure = figures.gallery(found.title, found.columns, found.rows)
+        _save(results.path, f'gallery-{name}', figure)
+    for name, figure in drawn.items():
+      _save(results.path, name, figure)
+    svgs = {name: _inline_svg(figure, name) for name, figure in drawn.items()}
+  page = _page(results, galleries, svgs)
+  images.write_atomic(results.path / 'report.html', page.encode())
+  return results.path / 'report.html'
+
+
+def _save(path: pathlib.Path, name: str, figure: Figure) -> None:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', facecolor='white', metadata={'Software': None})
+  images.write_atomic(path / 'figures' / f'{name}.png', buffer.getvalue())
+
+
+def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
+  if any(r['attack'] in ('pgd', 'adv2', 'adv2_joint') for r in results.rows):
+    yield 'maps', figures.bars(results.rows)
+  if results.curves:
+    yield 'curves', figures.curves(results.curves)
+  pairs = {name: _pgd_against_adv2(results, name) for name in results.interpreters}
+  if any(pairs.values()):
+    yield 'scatter', figures.scatter({name: p for name, p in pairs.items() if p})
+
+
+def _pgd_against_adv2(results: Results, interpreter: str) -> list[tuple[float, float]]:
+  found = []
+  for i in results.ids(interpreter):
+    pgd, adv2 = (
+      results.examples.get((a, interpreter, i), {}).get('map_l1') for a in ('pgd', 'adv2')
+    )
+    if pgd is not None and adv2 is not None:
+      found.append((pgd, adv2))
+  return found
+
+
+# The gallery.
+
+
+class _Gallery(NamedTuple):
+  title: str
+  columns: list[str]
+  rows: list[list[figures.Panel | None]]
+
+
+def _gallery(results: Results, interpreter: str) -> _Gallery:
+  """The first examples in data-set order, not chosen ones: benign, PGD, ADV² image and map."""
+  present = {a for a, name, _ in results.examples if name == interpreter}
+  attacks = [a for a in ('benign', 'pgd', 'adv2', 'adv2_joint') if a in present]
+  other_target = results.config.get('target_map', 'benign') != 'benign'
+  ids = results.ids(interpreter)[:_GALLERY_ROWS]
+  last = attacks[-1] if attacks and attacks[-1] != 'benign' else None
+  gain = _gain(results, interpreter, last, ids) if last else 1
+
+  columns, rows = [], [[] for _ in ids]  # type: list[str], list[list[figures.Panel | None]]
+
+  def add(name: str, panel: Callable[[int], figures.Panel | None]) -> None:
+    panels = [panel(i) for i in ids]
+    if any(panels):
+      columns.append(name)
+      for row, found in zip(rows, panels, strict=True):
+        row.append(found)
+
+  def picture(attack: str) -> Callable[[int], figures.Panel | None]:
+    def panel(i: int) -> figures.Panel | None:
+      image = results.image(attack, interpreter, i)
+      return image if image is None else figures.Panel(image, caption(attack, i), attack)
+
+    return panel
+
+  def caption(attack: str, i: int) -> str:
+    example = results.examples.get((attack, interpreter, i), {})
+    seen, p = results.class_name(example.get('prediction')), example.get('confidence')
+    if p is None:
+      return seen
+    hit = example.get('prediction') == example.get('target')
+    return f'{seen} {p:.0%}' if hit else f'{seen} (target {p:.0%})'
+
+  def heat(attack: str, under: str) -> Callable[[int], figures.Panel | None]:
+    def panel(i: int) -> figures.Panel | None:
+      image, m = results.image(under, interpreter, i), results.map(attack, interpreter, i)
+      if image is None or m is None:
+        return None
+      example = results.examples.get((attack, interpreter, i), {})
+      compared = attack not in ('benign', 'target') and 'map_l1' in example
+      text = f'L1 {example["map_l1"]:.3f}  IoU {example["map_iou"]:.2f}' if compared else ''
+      return figures.Panel(overlay(image, m), text, attack if attack in figures.COLOURS else '')
+
+    return panel
+
+  def change(i: int) -> figures.Panel | None:
+    image, clean = results.image(str(last), interpreter, i), results.image('benign', interpreter, i)
+    if image is None or clean is None:
+      return None
+    shown = 0.5 + gain * (images.from_uint8(image) - images.from_uint8(clean))
+    return figures.Panel(images.to_uint8(shown), '')
+
+  for attack in attacks:
+    add(f'{figures.label(attack)} image', picture(attack))
+    add(f'{figures.label(attack)} map', heat(attack, attack))
+    if attack == 'benign' and other_target:
+      add('target map', heat('target', 'benign'))
+  if last:
+    add(f'change ×{gain}', change)
+  return _Gallery(f'{interpreter.upper()}: what the analyst sees', columns, rows)
+
+
+def _gain(results: Results, interpreter: str, attack: str, ids: Sequence[int]) -> int:
+  """The amplification that lets the largest change shown just fit between black and white."""
+  largest = 1
+  for i in ids:
+    image, clean = results.image(attack, interpreter, i), results.image('benign', interpreter, i)
+    if image is not None and clean is not None:
+      largest = max(largest, int(np.abs(image.astype(int) - clean.astype(int)).max()))
+  return max(1, 127 // largest)
+
+
+# The page.
+
+
+class _Column(NamedTuple):
+  field: str
+  title: str
+  form: Callable[[Any], str]
+  meaning: str
+
+
+def _share(v: float) -> str:
+  return f'{100 * v:.1f} %'
+
+
+def _three(v: float) -> str:
+  return f'{v:.3f}'
+
+
+def _whole(v: float) -> str:
+  return f'{v:.0f}'
+
+
+_TABLE = (
+  _Column(
+    'n',
+    'images',
+    _whole,
+    'How many images were attacked; all were classified correctly before.',
+  ),
+  _Column(
+    'asr',
+    'success',
+    _share,
+    'Share of images that the real classifier, given the saved 8-bit file, takes for the '
+    'target class (for benign and other images: for their own class). Below it the 95 % '
+    'interval (Wilson).',
+  ),
+  _Column(
+    'mc',
+    'confidence',
+    _three,
+    'Mean probability of the target class over the successes.',
+  ),
+  _Column(
+    'map_l1',
+    'map L1',
+    _three,
+    'Mean absolute difference between the map the analyst sees and the target map; 0 is '
+    'identical, lower is better hidden.',
+  ),
+  _Column(
+    'map_iou',
+    'map IoU',
+    _three,
+    'Overlap of the most important fifth of the two maps; 1 is identical, higher is better hidden.',
+  ),
+  _Column(
+    'map_spearman',
+    'rank corr.',
+    _three,
+    'Spearman correlation of the two maps: whether they rank the places of the image alike; 1 '
+    'is the same order, 0 unrelated.',
+  ),
+  _Column(
+    'map_ssim',
+    'SSIM',
+    _three,
+    'Structural similarity of the two maps at image size; 1 is identical.',
+  ),
+  _Column(
+    'two_class_l1',
+    'two-class L1',
+    _three,
+    'Change of the maps of the true and of the target class together, against the benign '
+    'image; an attack that only hides in one of them shows here.',
+  ),
+  _Column(
+    'pointing_game',
+    'pointing',
+    _share,
+    'Share of maps whose maximum lies on the true object.',
+  ),
+  _Column(
+    'energy_inside',
+    'energy inside',
+    _share,
+    'Share of the map that lies on the true object.',
+  ),
+  _Column(
+    'linf_max',
+    'max change',
+    lambda v: f'{255 * v:.0f}/255',
+    'Largest change of any pixel in any image, in grey levels.',
+  ),
+  _Column(
+    'out_of_set',
+    'outside',
+    _whole,
+    'Images that break the perturbation limit; must be 0.',
+  ),
+  _Column(
+    'nonfinite',
+    'not finite',
+    _whole,
+    'Images with a value that is not a number; counted as failures, must be 0.',
+  ),
+  _Column(
+    'gradient_evaluations',
+    'gradients',
+    _whole,
+    'Loss gradients per image, warm start included: the cost of the attack.',
+  ),
+  _Column(
+    'network_passes',
+    'passes',
+    _whole,
+    'Forward passes of the network per image, each backward pass counted as one more.',
+  ),
+  _Column(
+    'seconds',
+    'seconds',
+    lambda v: f'{v:.1f}',
+    'Wall time of the computation, compilation apart.',
+  ),
+)
+
+
+def _page(results: Results, galleries: Mapping[str, _Gallery], svgs: Mapping[str, str]) -> str:
+  config = results.config
+  title = f'ADV² on {config.get("model", "classifier")} · {config.get("dataset", "data")}'
+  sections = [
+    f'<header><h1>{_e(title)}</h1><p class="lead">{_lead(results)}</p></header>',
+    f'<div class="cards">{"".join(_cards(results))}</div>',
+    _section('Results', _table(results)),
+    _section('What the analyst sees', ''.join(_html_gallery(g) for g in galleries.values())),
+  ]
+  texts = {
+    'maps': (
+      'How far the map gives the attack away',
+      'Distance of the map from the target map. “Another image” is the scale: the map of an '
+      'unrelated image of the same predicted class.',
+    ),
+    'curves': (
+      'The attack over time',
+      'Means over all images, at each gradient evaluation, before rounding to 8 bits.',
+    ),
+    'scatter': (
+      'Image by image',
+      'Each point is one image; below the dotted line ADV² hides better than PGD.',
+    ),
+  }
+  for name, svg in svgs.items():
+    heading, text = texts[name]
+    sections.append(_section(heading, f'<p>{_e(text)}</p><div class="plot">{svg}</div>'))
+  sections.append(_section('This run', _details(results)))
+  body = '\n'.join(s for s in sections if s)
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<meta name="color-scheme" content="light dark"><title>{_e(title)}</title>'
+    f'<style>{_CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
+  )
+
+
+def _e(value: Any) -> str:
+  return html.escape(str(value))
+
+
+def _section(heading: str, content: str) -> str:
+  return f'<section><h2>{_e(heading)}</h2>{content}</section>' if content else ''
+
+
+def _lead(results: Results) -> str:
+  config, rows = results.config, [r for r in results.rows if r.get('n')]
+  n = max((r['n'] for r in rows), default=0)
+  epsilon = config.get('epsilon')
+  limit = (
+    f', changing no pixel by more than {255 * epsilon:.1f} of 255 grey levels,'
+    if config.get('framework', 'pgd') == 'pgd' and isinstance(epsilon, int | float)
+    else ''
+  )
+  skipped = max((r.get('n_skipped') or 0 for r in rows), default=0)
+  more = f' {skipped} further images were skipped because the classifier gets them wrong.'
+  return _e(
+    f'{n} correctly classified images were attacked{limit} so that the classifier reports a '
+    'chosen wrong class. PGD cares about the class only; ADV² also makes the interpreter draw the '
+    'map the analyst expects. All figures are for the saved 8-bit images, the real network and '
+    f'freshly computed maps.{more if skipped else ""}'
+  )
+
+
+def _cards(results: Results) -> Iterator[str]:
+  for interpreter in results.interpreters:
+    attack = 'adv2' if results.row('adv2', interpreter) else 'adv2_joint'
+    adv2, pgd = results.row(attack, interpreter), results.row('pgd', interpreter)
+    if not adv2:
+      continue
+    lines = [f'<h3>{_e(interpreter.upper())}</h3>']
+    if adv2.get('asr') is not None:
+      lines.append(f'<p class="big">{_share(adv2["asr"])}</p><p>of {figures.label(attack)} images')
+      lines.append(' are taken for the target class</p>')
+    for field, name in (('map_l1', 'map L1'), ('map_iou', 'map IoU')):
+      if adv2.get(field) is not None:
+        before = f'{_three(pgd[field])} → ' if pgd.get(field) is not None else ''
+        lines.append(f'<p class="pair"><span>{name}</span><b>{before}{_three(adv2[field])}</b></p>')
+    yield f'<article>{"".join(lines)}</article>'
+
+
+def _table(results: Results) -> str:
+  columns = [c for c in _TABLE if any(r.get(c.field) is not None for r in results.rows)]
+  head = ''.join(f'<th title="{_e(c.meaning)}">{_e(c.title)}</th>' for c in columns)
+  lines = []
+  for interpreter in results.interpreters:
+    rows = [r for r in results.rows if r['interpreter'] == interpreter]
+    for k, row in enumerate(rows):
+      attack = str(row['attack'])
+      who = f'<th rowspan="{len(rows)}" class="who">{_e(interpreter.upper())}</th>'
+      dot = f'<i style="background:{figures.colour(attack)}"></i>'
+      cells = ''.join(f'<td>{_cell(c, row)}</td>' for c in columns)
+      strong = ' class="strong"' if attack.startswith('adv2') else ''
+      name = f'<th>{dot}{_e(figures.label(attack))}</th>'
+      lines.append(f'<tr{strong}>{who if k == 0 else ""}{name}{cells}</tr>')
+  meanings = ''.join(f'<dt>{_e(c.title)}</dt><dd>{_e(c.meaning)}</dd>' for c in columns)
+  return (
+    f'<div class="scroll"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
+    f'<tbody>{"".join(lines)}</tbody></table></div>'
+    '<p class="note">Map figures are means over the successes; those over all images are in '
+    '<a href="metrics.json">metrics.json</a>.</p>'
+    f'<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>'
+  )
+
+
+def _cell(column: _Column, row: Mapping[str, Any]) -> str:
+  value = row.get(column.field)
+  if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    return '–'
+  text = _e(column.form(value))
+  interval = row.get('asr_ci95')
+  if column.field == 'asr' and interval:
+    text += f'<small>{100 * interval[0]:.1f}–{100 * interval[1]:.1f}</small>'
+  return text
+
+
+def _html_gallery(gallery: _Gallery) -> str:
+  if not gallery.rows or not gallery.columns:
+    return ''
+  cells = [f'<b>{_e(name)}</b>' for name in gallery.columns]
+  for row in gallery.rows:
+    for name, panel in zip(gallery.columns, row, strict=True):
+      if panel is None:
+        cells.append('<figure></figure>')
+        continue
+      colour = f' style="--ink:{figures.colour(panel.attack)}"' if panel.attack else ''
+      cells.append(
+        f'<figure{colour}><img loading="lazy" alt="{_e(name)}" src="{_data_uri(panel.image)}">'
+        f'<figcaption>{_e(panel.caption)}</figcaption></figure>'
+      )
+  heading = _e(gallery.title.partition(':')[0])
+  return (
+    f'<h3>{heading}</h3><div class="scroll"><div class="gallery" '
+    f'style="--columns:{len(gallery.columns)}">{"".join(cells)}</div></div>'
+    f'<p class="note">The first {len(gallery.rows)} images in data-set order, not chosen ones.</p>'
+  )
+
+
+def _data_uri(image: np.ndarray) -> str:
+  picture = PIL.Image.fromarray(image)
+  picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+  small = max(picture.size) <= 96  # PNG keeps small pictures exact; photographs are JPEG
+  buffer = io.BytesIO()
+  picture.save(buffer, 'PNG') if small else picture.save(buffer, 'JPEG', quality=88)
+  kind = 'png' if small else 'jpeg'
+  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+def _inline_svg(figure: Figure, name: str) -> str:
+  """The figure as SVG for the page's body: its ink follows the page's text colour."""
+  buffer = io.StringIO()
+  figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None})
+  svg = buffer.getvalue()
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', '', svg)
+  svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1', svg, count=1)
+  svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1', svg, count=1)
+  # Ids must be unique on the page.
+  svg = re.sub(r'( id="|url\(#|href="#)', rf'\1{name}-', svg)
+  return svg.replace(figures.INK, 'currentColor')
+
+
+def _details(results: Results) -> str:
+  def listing(values: Mapping[str, Any]) -> str:
+    rows = ''.join(
+      f'<tr><th>{_e(k)}</th><td>{_e(v if isinstance(v, str) else json.dumps(v))}</td></tr>'
+      for k, v in values.items()
+    )
+    return f'<div class="scroll"><table class="plain">{rows}</table></div>'
+
+  links = ''.join(
+    f'<li><a href="{_e(name)}">{_e(name)}</a></li>'
+    for name in (
+      'metrics.json',
+      'examples.csv',
+      'history.json',
+      'examples/',
+      'maps/',
+      'flows/',
+      'figures/',
+    )
+    if (results.path / name).exists()
+  )
+  return (
+    f'<details><summary>Configuration</summary>{listing(results.config)}</details>'
+    f'<details open><summary>Environment</summary>{listing(results.environment)}</details>'
+    f'<ul class="links">{links}</ul>'
+  )
+
+
+_CSS = """
+:root{--bg:#fbfbfd;--fg:#16181d;--soft:#5c6470;--card:#fff;--line:#e3e6ec;--accent:#2f6fd6}
+@media(prefers-color-scheme:dark){:root{--bg:#111318;--fg:#e9ebf0;--soft:#a0a8b5;--card:#191c23;
+--line:#2b303a;--accent:#7fb0ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:2rem;line-height:1.2;margin:0 0 .6rem;letter-spacing:-.02em}
+h2{font-size:1.3rem;margin:0 0 .8rem;letter-spacing:-.01em}
+h3{font-size:1rem;margin:1.2rem 0 .5rem}
+.lead{max-width:75ch;color:var(--soft);margin:0}
+section{margin-top:2.8rem}
+a{color:var(--accent)}
+.note,section>p{color:var(--soft);font-size:.9rem;max-width:80ch}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:1rem;
+margin-top:1.8rem}
+.cards article,.plot,.scroll{background:var(--card);border:1px solid var(--line);
+border-radius:14px}
+.cards article{padding:1rem 1.2rem}
+.cards h3{margin:0;color:var(--soft);font-weight:600;letter-spacing:.06em}
+.cards p{margin:0;color:var(--soft);font-size:.9rem}
+.cards .big{font-size:2.1rem;font-weight:700;color:var(--fg);line-height:1.25;
+letter-spacing:-.02em}
+.cards .pair{display:flex;justify-content:space-between;border-top:1px solid var(--line);
+padding-top:.35rem;margin-top:.5rem}
+.cards b{color:var(--fg);font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{padding:.5rem .7rem;text-align:right;white-space:nowrap;
+border-bottom:1px solid var(--line)}
+tbody tr:last-child>*{border-bottom:0}
+thead th{color:var(--soft);font-weight:600;cursor:help}
+tbody th{text-align:left;font-weight:500}
+tbody .who{font-weight:700;vertical-align:top;border-right:1px solid var(--line)}
+tbody i{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.5rem}
+.strong td,.strong th:not(.who){font-weight:650}
+td small{display:block;color:var(--soft);font-weight:400;font-size:.75rem}
+.plain td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.plain th{color:var(--soft);width:14rem}
+details{margin-top:.8rem}
+summary{cursor:pointer;font-weight:600;padding:.2rem 0}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem;font-size:.9rem}
+dt{font-weight:600}
+dd{margin:0;color:var(--soft)}
+.gallery{display:grid;gap:.5rem;padding:.9rem;min-width:calc(var(--columns)*104px);
+grid-template-columns:repeat(var(--columns),1fr)}
+.gallery b{font-size:.82rem;align-self:end}
+figure{margin:0}
+figure img{display:block;width:100%;border-radius:6px;image-rendering:auto}
+figcaption{font-size:.74rem;line-height:1.3;min-height:1.3em;margin-top:.2rem;color:var(--soft);
+border-left:3px solid var(--ink,transparent);padding-left:.35rem}
+.plot{padding:1rem}
+.plot svg{display:block;width:100%;height:auto}
+.links{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;list-style:none;padding:0;font-size:.9rem}
+@media(max-width:640px){h1{font-size:1.5rem}main{padding-top:1.5rem}
+dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
+"""
