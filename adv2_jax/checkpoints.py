@@ -48,6 +48,8 @@ SOURCES = (
 )
 
 _PACKAGE = pathlib.Path(__file__).parent
+# Besides these, zipfile raises RuntimeError for an encrypted member: a flipped bit looks like one.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _OLD_DENSENET = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)\.')
 
@@ -83,7 +85,7 @@ def from_tensors(template: PyTree, tensors: Mapping[str, np.ndarray], source: st
       finite; and which net of the zoo the tensors do fit, if one.
   """
   paths = {torch_name(path): path for path, _ in _flat(template)}
-  shapes = _shapes(template)
+  shapes = tensor_shapes(template)
   for name in sorted(shapes.keys() | tensors.keys()):
     if name not in tensors:
       problem = f'tensor {name!r} {list(shapes[name])} is missing'
@@ -103,7 +105,7 @@ def from_tensors(template: PyTree, tensors: Mapping[str, np.ndarray], source: st
     if found:
       remedy = f'these are the weights of {found} with {_num_classes(tensors)} classes'
     else:
-      remedy = 'no net of the zoo fits; give weights of the chosen model'
+      remedy = 'no net of the zoo fits them; give the complete weights of the chosen model'
     raise InputError(f'{source}: {problem}; {remedy}')
   return traverse_util.unflatten_dict(
     {
@@ -123,11 +125,14 @@ def load_variables(
 def identify(tensors: Mapping[str, np.ndarray]) -> str | None:
   """The zoo's net that has exactly these names and shapes, or None."""
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  for name in nets.ZOO:
-    module = nets.build(name, num_classes=_num_classes(tensors) or 1)
-    if _shapes(_template(module)) == shapes:
-      return name
-  return None
+  classes = _num_classes(tensors)
+  fits = (name for name in nets.ZOO if classes and _zoo_shapes(name, classes) == shapes)
+  return next(fits, None)
+
+
+@functools.cache
+def _zoo_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+  return tensor_shapes(_template(nets.build(name, num_classes=num_classes)))
 
 
 def _num_classes(tensors: Mapping[str, np.ndarray]) -> int | None:
@@ -144,7 +149,8 @@ def _flat(variables: PyTree) -> list[tuple[Path, Any]]:
   return list(traverse_util.flatten_dict(dict(variables)).items())
 
 
-def _shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
+  """The shapes that `to_tensors` gives; of variables, or of their shapes."""
   empty = ((path, np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in _flat(variables))
   return {torch_name(path): _torch_layout(path, leaf).shape for path, leaf in empty}
 
@@ -192,7 +198,7 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     InputError: nothing is there, or it is a pickle, which is never opened.
   """
   text = os.fspath(source)
-  if text.endswith(PICKLES):
+  if text.endswith(PICKLES) and not os.path.isdir(text):
     raise _pickle_error(text)
   if text.startswith('hf://'):
     return _download(text)
@@ -254,7 +260,7 @@ def _read_npz(path: pathlib.Path) -> Tensors:
       return {name: arrays[name] for name in arrays.files}
   except InputError:
     raise
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+  except (*_ZIP_ERRORS, ValueError, OSError, EOFError) as e:
     raise _broken(path, 'an .npz archive of plain arrays', e) from e
 
 
@@ -286,11 +292,12 @@ def _download(source: str) -> pathlib.Path:
   owner, name, file = [*source.removeprefix('hf://').split('/', 2), '', ''][:3]
   if not (owner and name):
     raise InputError(f'weights {source!r} name no repository; expected hf://owner/name[/FILE]')
+  file = file or 'model.safetensors'
   try:
-    return pathlib.Path(
-      huggingface_hub.hf_hub_download(f'{owner}/{name}', file or 'model.safetensors')
-    )
-  except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, ValueError) as e:
+    return pathlib.Path(huggingface_hub.hf_hub_download(f'{owner}/{name}', file))
+  except errors.RemoteEntryNotFoundError as e:
+    raise InputError(f'cannot get {source}: the repository has no file {file!r}') from e
+  except (OSError, ValueError) as e:  # the hub's own errors are among these
     raise InputError(f'cannot get {source}: {_one_line(e)}') from e
 
 
@@ -318,10 +325,10 @@ def _broken(path: pathlib.Path, expected: str, e: Exception) -> InputError:
 
 def _pickle_error(path: str | os.PathLike) -> InputError:
   text = os.fspath(path)
-  out = pathlib.PurePath(text.rpartition('/')[2] if text.startswith('hf://') else text)
+  file = pathlib.PurePath(text.rpartition('/')[2] if text.startswith('hf://') else text)
   return InputError(
     f'{text} is a pickle, which can run code when opened, and is refused; convert it first: '
-    f'python -m experiments.convert {text} {out.with_suffix(".safetensors")}'
+    f'python -m experiments.convert {file} {file.with_suffix(".safetensors")}'
   )
 
 
@@ -402,13 +409,16 @@ def load_classifier(
         f'no built-in weights for {name!r} (built in: {known}); give weights: {SOURCES}'
       )
     weights = name
-  dtype_name = 'float32' if dtype is None else jnp.dtype(dtype).name
+  dtype_name = dtype if isinstance(dtype, str) else jnp.dtype(dtype or jnp.float32).name
   if dtype_name not in ('float32', 'bfloat16'):
     raise InputError(f'dtype is {dtype_name}; expected float32 or bfloat16')
-  card = read_card(resolve(weights))
+  if num_classes is not None and num_classes < 1:
+    raise InputError(f'num_classes is {num_classes}; expected at least 1')
+  path = resolve(weights)
+  card = read_card(path)
   mean = _per_channel('mean', card.get('mean', IMAGENET_MEAN) if mean is None else mean)
   std = _per_channel('std', card.get('std', IMAGENET_STD) if std is None else std)
-  tensors = read_tensors(weights)
+  tensors = read_tensors(path)
   num_classes = num_classes or _num_classes(tensors) or nets.DEFAULTS[name].num_classes
   module, classifier = _empty_classifier(name, num_classes, mean, std, dtype_name)
   return classifier.replace(params=load_variables(module, tensors, f'{weights} as {name}'))

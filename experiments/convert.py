@@ -1,0 +1,85 @@
+"""Turns a PyTorch checkpoint into safetensors, once, so that nothing else ever opens a pickle.
+
+  python -m experiments.convert resnet50.pth resnet50.safetensors
+
+Needs the `convert` extra (`pip install 'adv2_jax[convert]'`). The pickle is read by torch with
+`weights_only=True`, which builds tensors and containers and calls nothing else.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adv2_jax import checkpoints
+from adv2_jax.types import InputError
+
+
+def convert(source: pathlib.Path, target: pathlib.Path) -> checkpoints.Tensors:
+  """Writes the tensors of a torch checkpoint to `target`, under this project's names.
+
+  Unwraps what training scripts put around a state dict: an outer 'state_dict' or 'model', the
+  prefix 'module.'.
+
+  Raises:
+    InputError: no torch, nothing to read, not a state dict, or a target that exists already.
+  """
+  if target.suffix != '.safetensors':
+    raise InputError(f'output {target} must end in .safetensors')
+  if target.exists():
+    raise InputError(f'{target} exists already; remove it or choose another name')
+  if not target.parent.is_dir():
+    raise InputError(f'{target.parent} is not a directory; create it first')
+  if not source.is_file():
+    raise InputError(f'no file at {source}; expected a PyTorch checkpoint')
+  try:
+    import torch
+  except ImportError as e:
+    raise InputError(f'torch is not installed ({e}); run: pip install "adv2_jax[convert]"') from e
+  try:
+    content = torch.load(source, map_location='cpu', weights_only=True)
+  except Exception as e:  # torch raises pickle, zip, runtime and other errors
+    first = next(iter(str(e).strip().splitlines()), type(e).__name__)
+    raise InputError(f'{source}: not a checkpoint of tensors alone ({first})') from e
+  tensors = {
+    name: tensor.detach().float().numpy()
+    for name, tensor in _state_dict(content, source).items()
+    if torch.is_tensor(tensor)
+  }
+  if not tensors:
+    raise InputError(f'{source}: holds no tensors; expected a state dict')
+  tensors = checkpoints.canonical(tensors)
+  checkpoints.write_safetensors(target, tensors)
+  return tensors
+
+
+def _state_dict(content: Any, source: pathlib.Path) -> Mapping[str, Any]:
+  for key in ('state_dict', 'model'):
+    if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+      content = content[key]
+  if not isinstance(content, Mapping):
+    raise InputError(f'{source}: holds a {type(content).__name__}; expected a state dict')
+  return content
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Parses the two paths, converts, and says what the tensors fit."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.convert',
+    description='Turns a PyTorch checkpoint (.pth) into safetensors; never overwrites.',
+  )
+  parser.add_argument('source', metavar='IN.pth', type=pathlib.Path)
+  parser.add_argument('target', metavar='OUT.safetensors', type=pathlib.Path)
+  args = parser.parse_args(argv)
+  try:
+    tensors = convert(args.source, args.target)
+  except (InputError, OSError) as e:
+    sys.exit(f'error: {e}')
+  net = checkpoints.identify(tensors)
+  fits = f'use it with --model {net}' if net else 'no net of the zoo has these tensors'
+  print(f'{args.target}: {len(tensors)} tensors; {fits}')
+
+
+if __name__ == '__main__':
+  main()
