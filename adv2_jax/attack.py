@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from adv2_jax import losses
+from adv2_jax.classifier import Classifier
 from adv2_jax.types import (
   Array,
   Attack,
@@ -43,7 +44,6 @@ from adv2_jax.types import (
   Terms,
   Unrolled,
 )
-from adv2_jax.classifier import Classifier
 
 # (batch, snapshot) -> bool[B]: this example needs no further step.
 Stop = Callable[[Batch, Snapshot], Array]
@@ -121,7 +121,7 @@ def adv2(
     moved = where(done, held, (delta, opt_state, carry))
     return AttackState(*moved, done, state.step + 1), snapshot
 
-  return Attack(init, step, lambda batch, state: state.delta)
+  return Attack(init, step, lambda _, state: state.delta, (interpreter.passes[1], 0))
 
 
 def pgd(
@@ -142,7 +142,7 @@ def pgd(
 def no_map() -> Interpreter:
   """The interpreter that explains nothing."""
 
-  def unroll(params, clf, x, y, carry, keys) -> Unrolled:  # noqa: ANN001
+  def unroll(params, clf, x, y, carry, keys) -> Unrolled:
     del params, y, keys
     return Unrolled(None, carry, jnp.zeros(len(x)), clf(x).logits)
 
@@ -163,12 +163,12 @@ class BestState(NamedTuple):
     return self.inner.done
 
 
-def track_best(attack: Attack, score: Score, *, every: int = 1) -> Attack:
+def track_best(attack: Attack, score: Score, *, every: int = 1, passes: float = 0) -> Attack:
   """Delivers, per example, the iterate of lowest `score` instead of the last one.
 
   Every iterate is scored as it is evaluated, so this costs nothing when the score needs only the
-  snapshot. A score with network passes of its own can be asked for every n-th step only. The last
-  iterate is scored by `result`, with a forward pass and no gradient.
+  snapshot. A score with network passes of its own (`passes`, for the accounts) can be asked for
+  every n-th step only. The last iterate is scored by `result`, forward and without a gradient.
   """
 
   def keep(batch: Batch, state: BestState, snapshot: Snapshot) -> tuple[PyTree, Array]:
@@ -196,7 +196,8 @@ def track_best(attack: Attack, score: Score, *, every: int = 1) -> Attack:
     _, snapshot = attack.step(batch, state.inner)  # its gradient is unused, so XLA drops it
     return keep(batch, state, snapshot)[0]
 
-  return Attack(init, step, result)
+  of_step = attack.passes[0]
+  return Attack(init, step, result, (of_step + passes / every, of_step / 2 + passes))
 
 
 def staged(*stages: tuple[Attack, int]) -> Schedule:
@@ -204,14 +205,13 @@ def staged(*stages: tuple[Attack, int]) -> Schedule:
   return stages
 
 
-def run_chunk(attack: Attack, batch: Batch, state: PyTree, n: int) -> tuple[PyTree, Snapshot]:
-  """n steps under `lax.scan`; returns the state and the last step's snapshot."""
+def run_chunk(
+  attack: Attack, batch: Batch, state: PyTree, n: int | Array
+) -> tuple[PyTree, Snapshot]:
+  """n steps in one loop; returns the state and the last step's snapshot. n may be traced."""
   blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(attack.step, batch, state)[1])
-
-  def body(carry: tuple, _: None) -> tuple[tuple, None]:
-    return attack.step(batch, carry[0]), None
-
-  return jax.lax.scan(body, (state, blank), length=n)[0]
+  body = lambda _, carry: attack.step(batch, carry[0])  # noqa: E731
+  return jax.lax.fori_loop(0, n, body, (state, blank))
 
 
 def run(schedule: Schedule, batch: Batch, *, every: int) -> tuple[PyTree, list[Snapshot]]:

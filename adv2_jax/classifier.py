@@ -55,7 +55,7 @@ class Classifier(flax.struct.PyTreeNode):
     if 'act' not in inspect.signature(self.surrogate_fn).parameters:
       raise InputError(
         'this surrogate_fn has no `act` argument, so tau and form cannot be changed: '
-        'write it as surrogate_fn(params, x, act=soft_relu), or leave tau and form at their defaults'
+        'write it as surrogate_fn(params, x, act=soft_relu), or leave tau and form as they are'
       )
     return self.surrogate_fn(self.params, x, act=act)
 
@@ -117,9 +117,7 @@ def from_linen(
   def head_fn(params: PyTree, features: Array) -> Array:
     return module.apply(params, features, method='head')
 
-  def surrogate_fn(
-    params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu
-  ) -> Outputs:
+  def surrogate_fn(params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
     return Outputs(*module.clone(act=act).apply(params, normalise(x)))
 
   return from_fn(variables, apply_fn, head_fn, surrogate_fn if hasattr(module, 'act') else None)
@@ -148,9 +146,7 @@ def from_nnx(
   def head_fn(params: PyTree, features: Array) -> Array:
     return nnx.merge(graph, params).head(features)
 
-  def surrogate_fn(
-    params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu
-  ) -> Outputs:
+  def surrogate_fn(params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
     smooth = nnx.merge(graph, params)
     for _, node in nnx.iter_graph(smooth):  # inner blocks hold the activation too
       if hasattr(node, 'act'):
@@ -158,3 +154,61 @@ def from_nnx(
     return Outputs(*smooth(normalise(x)))
 
   return from_fn(state, apply_fn, head_fn, surrogate_fn if hasattr(model, 'act') else None)
+
+
+def check_classifier(clf: Classifier, x: Image, *, tolerance: float = 1e-3) -> None:
+  """Finds out whether a classifier can be attacked; run it once on a few images of your own.
+
+  Checks, in this order: the range of x, that the output is finite logits and not probabilities,
+  that two calls agree, that an example's logits do not depend on the others in its batch, that
+  `head` makes the logits from the features, and that the gradient by the image is not zero.
+
+  Args:
+    clf: the classifier.
+    x: f32[B,H,W,C] in [0,1], B ≥ 2.
+    tolerance: of the comparisons, relative to the largest logit.
+
+  Raises:
+    InputError: the first check that fails, and what to do.
+  """
+  from adv2_jax import validate
+
+  x = validate.images(x)
+  if len(x) < 2:
+    raise InputError('check_classifier needs at least 2 images, to see whether examples interact')
+  forward = jax.jit(lambda c, v: c(v))
+  out = forward(clf, x)
+  logits = np.asarray(out.logits)
+  if logits.ndim != 2 or len(logits) != len(x):
+    raise InputError(f'logits have shape {logits.shape}; expected [B,K] with B={len(x)}')
+  if not np.isfinite(logits).all():
+    raise InputError(
+      'logits are not finite; check the weights, and that x in [0,1] is what apply_fn expects'
+    )
+  if logits.min() >= 0 and np.abs(logits.sum(-1) - 1).max() < 1e-3:
+    raise InputError('the output is probabilities; return the logits, before the softmax')
+  scale = tolerance * max(1.0, float(np.abs(logits).max()))
+  if np.abs(np.asarray(forward(clf, x).logits) - logits).max() > scale:
+    raise InputError(
+      'two calls on the same images differ; switch dropout and other randomness off (eval mode)'
+    )
+  alone = np.concatenate([np.asarray(forward(clf, x[i : i + 1]).logits) for i in range(len(x))])
+  if np.abs(alone - logits).max() > scale:
+    raise InputError(
+      'the logits of an example depend on the others in its batch; use running statistics in batch '
+      'norm (eval mode)'
+    )
+  if 'features' not in out.taps:
+    raise InputError(f"taps hold {sorted(out.taps)}; expected 'features', the head's input")
+  if np.abs(np.asarray(clf.head(out.taps['features'])) - logits).max() > scale:
+    raise InputError("head_fn(params, taps['features']) differs from the logits; it must make them")
+  for name, call in (('apply_fn', clf), ('surrogate_fn', clf.surrogate)):
+    values = np.asarray(jax.jit(lambda v, f=call: f(v).logits)(x))
+    if np.abs(values - logits).max() > scale:
+      raise InputError(f'the logits of {name} differ from those of apply_fn; only derivatives may')
+    g = np.asarray(jax.jit(jax.grad(lambda v, f=call: jnp.sum(f(v).logits[:, 0])))(x))
+    if not np.isfinite(g).all() or not np.abs(g).max(axis=(1, 2, 3)).all():
+      raise InputError(
+        f'the gradient of {name} by the image is zero or not finite; avoid rounding, argmax and '
+        'stop_gradient on the way from x to the logits'
+      )

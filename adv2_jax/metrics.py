@@ -8,7 +8,7 @@ the host by `aggregate`, from the records of real examples.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +278,7 @@ def score(
   epsilon: float,
   mask: Array | None = None,
   clean_maps: Array | None = None,
+  shown: Literal['target', 'label'] = 'target',
 ) -> tuple[dict[str, Array], Map]:
   """Judges 8-bit images by the real network and fresh maps; every field of a record.
 
@@ -287,23 +288,25 @@ def score(
     x0: the clean images on the 8-bit grid, f32[B,H,W,C].
     x8: the images to judge, on the same grid.
     y: the true class.
-    target: the class the analyst is to see; its map is explained (y itself for a clean image).
+    target: the class the attack wants.
     target_map: the map the analyst is to see.
     key: one key per example, [B], the same for every image state; or one for all.
     epsilon: L∞ bound of the perturbation set.
     mask: bool[B,H,W], the true object, for the localisation fields.
     clean_maps: `two_class_maps` of x0 with the same labels and key, when already at hand; saves
       half of the explanations.
+    shown: which class the analyst sees and asks to have explained: for an image that was not
+      attacked it is the true one.
 
   Returns:
-    ({field: [B]}, the fresh maps of the target class). Fields: prediction, confidence, success,
+    ({field: [B]}, the fresh maps of the class shown). Fields: prediction, confidence, success,
     the map fields, linf, l2, out_of_set and nonfinite. nonfinite marks a logit, pixel or map value
     that is not a number or infinite; such an example is never a success.
   """
   if clean_maps is None:
     clean_maps = two_class_maps(clf, interpreter, x0, y, target, key)
   maps = two_class_maps(clf, interpreter, x8, y, target, key)
-  fresh = maps[1]
+  fresh = maps[('label', 'target').index(shown)]
   logits = clf(x8).logits
   nonfinite = ~(
     jnp.isfinite(logits).all(-1) & jnp.isfinite(x8).all((1, 2, 3)) & jnp.isfinite(fresh).all((1, 2))

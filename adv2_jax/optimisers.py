@@ -50,9 +50,7 @@ def torch_amsgrad(
 
 def normalise_l1() -> optax.GradientTransformation:
   """g / mean|g|: makes momentum blind to the scale of the loss (Dong et al. 2018, MI-FGSM)."""
-  return optax.stateless(
-    lambda g, _: jax.tree.map(lambda v: v / (jnp.mean(jnp.abs(v)) + 1e-20), g)
-  )
+  return optax.stateless(lambda g, _: jax.tree.map(lambda v: v / (jnp.mean(jnp.abs(v)) + 1e-20), g))
 
 
 def sign_momentum(

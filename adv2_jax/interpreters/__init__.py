@@ -1,4 +1,4 @@
-"""Interpreters: each a factory that returns an `Interpreter`; a new one is `from_map` and a formula."""
+"""Interpreters: factories that return an `Interpreter`; a new one is `from_map` and a formula."""
 
 from collections.abc import Callable
 

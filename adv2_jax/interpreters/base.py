@@ -35,9 +35,7 @@ def from_map(
   def explain_fn(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
     return explain(params, clf, x, y, keys)[0]
 
-  def unroll_fn(
-    params: PyTree, clf: Any, x: Image, y: Label, carry: Carry, keys: Key
-  ) -> Unrolled:
+  def unroll_fn(params: PyTree, clf: Any, x: Image, y: Label, carry: Carry, keys: Key) -> Unrolled:
     maps, logits = differentiable(params, clf, x, y, keys)
     return Unrolled(maps[None], carry, jnp.zeros(len(x)), logits)
 

@@ -65,9 +65,10 @@ def cam() -> Interpreter:
 
 
 def grad_cam() -> Interpreter:
-  """Grad-CAM: m = r / max r, r = ReLU(Σ_k ᾱ_k A_k), ᾱ = mean over places of ∂z_y/∂A (Selvaraju 2017).
+  """Grad-CAM: m = r / max r with r = ReLU(Σ_k ᾱ_k A_k) (Selvaraju et al. 2017).
 
-  A = taps['features']. Any head will do. A map without positive evidence is zero.
+  ᾱ_k is the mean over places of ∂z_y/∂A_k and A = taps['features']. Any head will do. A map
+  without positive evidence is zero.
   """
 
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:

@@ -1,0 +1,81 @@
+"""adv2_jax: attack, and defend, image classifiers together with the interpreters that explain them.
+
+import adv2_jax as adv2
+
+clf = adv2.load_classifier('scene_resnet')
+res = adv2.attack(clf, adv2.interpreters.cam(), x, target=t, epsilon=0.031)
+"""
+
+from adv2_jax import (
+  data,
+  images,
+  interpreters,
+  losses,
+  metrics,
+  nets,
+  optimisers,
+  perturbations,
+  presets,
+)
+from adv2_jax import attack as _loop  # the module; `adv2_jax.attack` itself is the one-call front
+from adv2_jax.api import AttackResult, attack, attack_batch
+from adv2_jax.checkpoints import load_classifier
+from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
+from adv2_jax.types import (
+  Attack,
+  AttackState,
+  Batch,
+  InputError,
+  Interpreter,
+  Outputs,
+  Perturbation,
+  Snapshot,
+  Terms,
+  Unrolled,
+)
+
+adv2 = _loop.adv2
+pgd = _loop.pgd
+track_best = _loop.track_best
+staged = _loop.staged
+run = _loop.run
+run_chunk = _loop.run_chunk
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Attack',
+  'AttackResult',
+  'AttackState',
+  'Batch',
+  'Classifier',
+  'InputError',
+  'Interpreter',
+  'Outputs',
+  'Perturbation',
+  'Snapshot',
+  'Terms',
+  'Unrolled',
+  'adv2',
+  'attack',
+  'attack_batch',
+  'check_classifier',
+  'data',
+  'from_fn',
+  'from_linen',
+  'from_nnx',
+  'images',
+  'interpreters',
+  'load_classifier',
+  'losses',
+  'metrics',
+  'nets',
+  'optimisers',
+  'perturbations',
+  'pgd',
+  'presets',
+  'run',
+  'run_chunk',
+  'staged',
+  'track_best',
+]

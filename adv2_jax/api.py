@@ -1,0 +1,211 @@
+"""The one-call front, and the host loop that every command shares: jitted chunks, nothing else."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adv2_jax import images, losses, metrics, presets, validate
+from adv2_jax.attack import run_chunk, success
+from adv2_jax.classifier import Classifier
+from adv2_jax.types import (
+  Array,
+  Batch,
+  Image,
+  InputError,
+  Interpreter,
+  Key,
+  Label,
+  Map,
+  PyTree,
+  Schedule,
+  Terms,
+  example_keys,
+)
+
+Recipe = presets.Recipe
+
+
+class History(NamedTuple):
+  """One entry per chunk of steps: what was spent by then, per example [T], and seen then [T,B]."""
+
+  evaluations: np.ndarray
+  passes: np.ndarray
+  terms: Terms
+  success: np.ndarray
+
+
+class AttackResult(NamedTuple):
+  """What `attack` delivers, judged on the 8-bit images by the real net and fresh maps.
+
+  Attributes:
+    x: f32[B,H,W,C] on the 8-bit grid: x·255 is integral.
+    logits: f32[B,K].
+    maps: f32[B,h,w], of the target class.
+    success: bool[B].
+    terms: cross-entropy of the target, MSE of the map to the target map, and their sum.
+    history: losses and success over the steps.
+  """
+
+  x: Image
+  logits: Array
+  maps: Map
+  success: Array
+  terms: Terms
+  history: History
+
+
+class _Fixed(NamedTuple):
+  """The traced arguments that stay the same through an attack."""
+
+  clf: Classifier
+  interpreter: Interpreter
+  epsilon: Array
+  key: Key
+  batch: Batch
+
+
+def _schedule(recipe: Recipe, fixed: _Fixed) -> Schedule:
+  perturbation = recipe.perturbation(fixed.epsilon)
+  return recipe.schedule(fixed.clf, fixed.interpreter, perturbation, fixed.key)
+
+
+@functools.partial(jax.jit, static_argnames=('recipe', 'stage'))
+def _init(recipe: Recipe, stage: int, fixed: _Fixed, delta: PyTree) -> PyTree:
+  return _schedule(recipe, fixed)[stage][0].init(fixed.batch, delta)
+
+
+@functools.partial(jax.jit, static_argnames=('recipe', 'stage'), donate_argnames='state')
+def _chunk(recipe: Recipe, stage: int, fixed: _Fixed, state: PyTree, n: int) -> tuple:
+  attack, _ = _schedule(recipe, fixed)[stage]
+  state, snapshot = run_chunk(attack, fixed.batch, state, n)
+  return state, (snapshot.terms, success(fixed.batch, snapshot), jnp.all(state.done))
+
+
+@functools.partial(jax.jit, static_argnames=('recipe', 'stage'))
+def _result(recipe: Recipe, stage: int, fixed: _Fixed, state: PyTree) -> PyTree:
+  return _schedule(recipe, fixed)[stage][0].result(fixed.batch, state)
+
+
+@functools.partial(jax.jit, static_argnames='recipe')
+def _image(recipe: Recipe, fixed: _Fixed, delta: PyTree) -> Image:
+  perturbation = recipe.perturbation(fixed.epsilon)
+  return images.quantise(perturbation.apply(fixed.batch.x, delta))
+
+
+def attack_batch(
+  recipe: Recipe,
+  clf: Classifier,
+  interpreter: Interpreter,
+  batch: Batch,
+  epsilon: float | Array,
+  key: Key,
+  *,
+  every: int = 10,
+  on_chunk: Callable[[int, np.ndarray], None] | None = None,
+) -> tuple[Image, History]:
+  """Runs a recipe on one batch and returns the 8-bit images; no check of the input.
+
+  Chunks of `every` steps run on the device; between them the host sees terms and success, calls
+  `on_chunk(evaluations so far, success)`, and ends a stage whose examples are all done.
+  """
+  fixed = _Fixed(clf, interpreter, jnp.float32(epsilon), key, batch)
+  delta, seen, evaluations, passes = None, [], 0, 0.0
+  for stage, (attack, steps) in enumerate(_schedule(recipe, fixed)):
+    if not steps:
+      continue
+    state, step = _init(recipe, stage, fixed, delta), 0
+    while step < steps:
+      n = min(every, steps - step)
+      state, (terms, hit, finished) = _chunk(recipe, stage, fixed, state, n)
+      step, evaluations, passes = step + n, evaluations + n, passes + n * attack.passes[0]
+      seen.append((evaluations, passes, *jax.device_get((terms, hit))))
+      if on_chunk:
+        on_chunk(evaluations, seen[-1][-1])
+      if finished:
+        break
+    delta = _result(recipe, stage, fixed, state)
+    passes += attack.passes[1]
+  history = History(*jax.tree.map(lambda *v: np.stack(v), *seen))
+  history.passes[-1] = passes
+  return _image(recipe, fixed, delta), history
+
+
+@jax.jit
+def _judge(
+  clf: Classifier, interpreter: Interpreter, batch: Batch, x8: Image, keys: Key
+) -> tuple[Array, Map, Array, Terms]:
+  logits = clf(x8).logits
+  maps = interpreter.explain(clf, x8, batch.target, keys)
+  l_prd = losses.targeted_xent(logits, batch.target)
+  l_int = losses.map_mse(maps, batch.target_map)
+  terms = Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd))
+  return logits, maps, metrics.success(logits, batch.target), terms
+
+
+@jax.jit
+def explain(clf: Classifier, interpreter: Interpreter, x: Image, y: Label, keys: Key) -> Map:
+  """`interpreter.explain`, jitted."""
+  return interpreter.explain(clf, x, y, keys)
+
+
+def attack(
+  clf: Classifier,
+  interpreter: Interpreter,
+  x: Image,
+  *,
+  target: Label,
+  target_map: Map | None = None,
+  label: Label | None = None,
+  epsilon: float = 0.031,
+  preset: str | Recipe = 'fast',
+  key: Key | None = None,
+  steps: int | None = None,
+) -> AttackResult:
+  """Finds images near x that f takes for `target` and that g explains with `target_map`.
+
+  Args:
+    clf: the classifier.
+    interpreter: the interpreter to deceive.
+    x: f32[B,H,W,C] in [0,1], NHWC.
+    target: i32[B], the class wanted.
+    target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`.
+    label: i32[B], the true class; None: what the classifier predicts for x.
+    epsilon: L∞ radius, 0 < ε ≤ 1.
+    preset: 'fast', 'authors', or a `presets.Recipe`.
+    key: random key; None: `jax.random.key(0)`.
+    steps: steps on the joint loss; None: the preset's.
+
+  Raises:
+    InputError: for input of wrong shape, range or type; the message says what to do.
+  """
+  x = validate.images(x)
+  if not 0 < epsilon <= 1:
+    raise InputError(f'epsilon is {epsilon}; expected 0 < epsilon ≤ 1, such as 0.031 (8/255)')
+  key = jax.random.key(0) if key is None else key
+  keys = example_keys(key, len(x))
+  shapes = jax.eval_shape(lambda: (clf(x).logits, interpreter.explain(clf, x, _zeros(x), keys)))
+  target = validate.labels(target, len(x), shapes[0].shape[-1], 'target')
+  label = (
+    jnp.argmax(jax.jit(lambda c, v: c(v).logits)(clf, x), axis=-1).astype(jnp.int32)
+    if label is None
+    else validate.labels(label, len(x), shapes[0].shape[-1], 'label')
+  )
+  validate.targets_differ(target, label)
+  if target_map is None:
+    target_map = explain(clf, interpreter, x, label, keys)
+  target_map = validate.target_map(target_map, shapes[1].shape)
+  recipe = preset
+  if isinstance(preset, str):
+    recipe = presets.by_name(preset, interpreter.name, steps_s2=steps)
+  ids = jnp.arange(len(x), dtype=jnp.int32)
+  batch = Batch(ids, x, target, target_map, jnp.ones(len(x), bool))
+  x8, history = attack_batch(recipe, clf, interpreter, batch, epsilon, key)
+  return AttackResult(x8, *_judge(clf, interpreter, batch, x8, keys), history)
+
+
+def _zeros(x: Image) -> Label:
+  return jnp.zeros(len(x), jnp.int32)

@@ -1,0 +1,184 @@
+"""Recipes: complete schedules, by name. `authors` is what the paper's scripts ran, `fast` is ours.
+
+A recipe is static under jit and compared by identity, so the factories here are cached: the same
+settings give the same recipe, and no second trace.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adv2_jax import losses, optimisers
+from adv2_jax.attack import Score, adv2, pgd, staged, track_best
+from adv2_jax.classifier import Classifier
+from adv2_jax.perturbations import linf_ball
+from adv2_jax.types import (
+  Array,
+  Batch,
+  InputError,
+  Interpreter,
+  Key,
+  Perturbation,
+  Schedule,
+  Snapshot,
+)
+
+
+class Recipe(NamedTuple):
+  """All that is chosen before an attack meets a model.
+
+  Attributes:
+    perturbation: epsilon -> the set P(x0) that every stage searches.
+    schedule: (clf, interpreter, perturbation, key) -> the stages.
+  """
+
+  perturbation: Callable[[float | Array], Perturbation]
+  schedule: Callable[[Classifier, Interpreter, Perturbation, Key], Schedule]
+
+
+AUTHORS_STEP = 1 / 255
+# Interpreter -> warm-up steps, and legs of (steps, λ at their start, λ at their end, distance).
+AUTHORS = {
+  'cam': (400, ((1200, 5.0, 10.0),), losses.map_mse),
+  'rts': (300, ((1000, 5.0, 10.0),), losses.map_mse),
+  'grad': (
+    300,
+    ((301, 0.001, 0.001), (201, 0.004, 0.004), (101, 0.01, 0.01), (101, 0.05, 0.05)),
+    losses.map_sse,
+  ),
+}
+
+
+def lowest_loss(batch: Batch, snapshot: Snapshot) -> Array:
+  """The score of plain PGD: the prediction loss, [B]."""
+  del batch
+  return snapshot.terms.prediction
+
+
+def closest_map(clf: Classifier, interpreter: Interpreter, key: Key, max_log_odds: float) -> Score:
+  """The score of the joint attack: map distance once the target is surely predicted, [B].
+
+  Surely: log((1 − p_t)/p_t) ≤ max_log_odds; iterates that miss it come after all that do not. The
+  map is the real net's: where `unroll` differs from `explain` (GRAD), it is made afresh here.
+  """
+
+  def score(batch: Batch, snapshot: Snapshot) -> Array:
+    if interpreter.exact:
+      distance = snapshot.terms.interpretation
+    else:
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.example_id)
+      maps = interpreter.explain(clf, snapshot.x, batch.target, keys)
+      distance = losses.map_mse(maps, batch.target_map)
+    odds = losses.log_odds(snapshot.logits, batch.target)
+    return jnp.where(odds <= max_log_odds, distance, 1e6 + odds)
+
+  return score
+
+
+@functools.lru_cache
+def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+  """The published schedule for an interpreter of that name: warm start, then the joint loss.
+
+  Sign steps of 1/255. CAM, RTS: λ from 5 to 10 on the mean of squares, the last iterate. GRAD: four
+  legs of rising λ on the sum of squares, label-smoothed target, and per example the best iterate,
+  tested each 10th step on the real net, with p_t > 0.8. Other interpreters use CAM's schedule.
+  `steps_s2` shortens or stretches all legs alike.
+  """
+  warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
+  warm = warm if steps_s1 is None else steps_s1
+  total = sum(n for n, *_ in legs) if steps_s2 is None else steps_s2
+  stretch = total / sum(n for n, *_ in legs)
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    tx = optax.sign_sgd(AUTHORS_STEP)
+    ends = [round(stretch * sum(n for n, *_ in legs[: i + 1])) for i in range(len(legs))]
+    ramps = [optax.linear_schedule(a, b, max(1, round(stretch * n) - 1)) for n, a, b in legs]
+    joint = adv2(
+      clf,
+      interpreter,
+      perturbation,
+      tx,
+      weight=optax.join_schedules(ramps, ends[:-1]),
+      key=key,
+      prediction=losses.smoothed_xent(0.95) if name == 'grad' else losses.targeted_xent,
+      distance=distance,
+    )
+    if name == 'grad':
+      log_odds_at_08 = -1.3863  # log(0.2/0.8)
+      score = closest_map(clf, interpreter, key, log_odds_at_08)
+      joint = track_best(joint, score, every=10, passes=interpreter.passes[0])
+    return staged((pgd(clf, perturbation, tx, key=key), warm), (joint, total))
+
+  return Recipe(linf_ball, schedule)
+
+
+@functools.lru_cache
+def plain_pgd(steps: int) -> Recipe:
+  """The baseline: sign steps of 1/255 on the cross-entropy, the iterate of lowest loss."""
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    del interpreter
+    attack = pgd(clf, perturbation, optax.sign_sgd(AUTHORS_STEP), key=key)
+    return staged((track_best(attack, lowest_loss), steps))
+
+  return Recipe(linf_ball, schedule)
+
+
+@functools.lru_cache
+def fast(name: str, steps: int | None = None) -> Recipe:
+  """Ours: no warm start, sign momentum with cosine-decayed steps, judged as it will be judged.
+
+  From the first step on both losses pull. The prediction loss is the log-odds, hinged: it pulls
+  only while p_t is below 0.98, so each example's λ is in effect what binds for it. The image is
+  rounded to 8 bits inside the loop (gradients pass straight through), so that the iterate kept,
+  the one with the closest map among those surely predicted as the target, is the image delivered.
+  """
+  settings = FAST.get(name, FAST['cam'])
+  n = settings['steps'] if steps is None else steps
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    attack = adv2(
+      clf,
+      interpreter,
+      perturbation,
+      optimisers.sign_momentum(optax.cosine_decay_schedule(4 / 255, n), 0.75),
+      weight=settings['weight'],
+      key=key,
+      prediction=losses.hinged(losses.log_odds, -4.0),
+      distance=losses.map_mse,
+    )
+    score = closest_map(clf, interpreter, key, max_log_odds=-3.0)
+    passes = 0 if interpreter.exact else interpreter.passes[0]
+    return staged((track_best(attack, score, every=settings['every'], passes=passes), n))
+
+  return Recipe(functools.partial(linf_ball, levels=255), schedule)
+
+
+FAST = {
+  'cam': {'steps': 50, 'weight': 10.0, 'every': 1},
+  'grad': {'steps': 100, 'weight': 10.0, 'every': 5},
+}
+
+
+def by_name(
+  preset: str, name: str, steps_s1: int | None = None, steps_s2: int | None = None
+) -> Recipe:
+  """The recipe of that preset ('fast' or 'authors') for an interpreter's name."""
+  for flag, value in (('steps_s1', steps_s1), ('steps_s2', steps_s2)):
+    if value is not None and value < (0 if flag == 'steps_s1' else 1):
+      raise InputError(f'{flag} is {value}; expected a positive number of steps')
+  if preset == 'authors':
+    return authors(name, steps_s1, steps_s2)
+  if preset == 'fast':
+    return fast(name, steps_s2)
+  raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")

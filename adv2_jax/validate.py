@@ -1,0 +1,79 @@
+"""Checks of what users hand in, before any work is done; each failure is one clear line."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from adv2_jax.types import Image, InputError, Label, Map
+
+
+def images(x: Any) -> Image:
+  """x as f32[B,H,W,C] in [0,1], or InputError."""
+  x = np.asarray(x)
+  if x.dtype == np.uint8:
+    raise InputError('images are uint8; expected floats in [0,1]: give x.astype("float32") / 255')
+  if not np.issubdtype(x.dtype, np.floating):
+    raise InputError(f'images are {x.dtype}; expected float32 in [0,1]')
+  if x.ndim != 4:
+    raise InputError(
+      f'images have shape {x.shape}; expected [B,H,W,C]' + (': x[None]' if x.ndim == 3 else '')
+    )
+  if not x.size:
+    raise InputError(f'images have shape {x.shape}; expected at least one image')
+  if x.shape[-1] not in (1, 3):
+    raise InputError(
+      f'images have shape {x.shape}; expected channels last, [B,H,W,3]: transpose NCHW images '
+      'with x.transpose(0, 2, 3, 1)'
+    )
+  bad = ~np.isfinite(x).all(axis=(1, 2, 3))
+  if bad.any():
+    raise InputError(f'image {int(np.argmax(bad))} has NaN or infinite pixels; expected [0,1]')
+  if x.min() < 0 or x.max() > 1:
+    raise InputError(
+      f'images range over [{x.min():g}, {x.max():g}]; expected [0,1]: divide 0…255 images by 255, '
+      'and leave normalisation to the classifier'
+    )
+  return jnp.asarray(x, jnp.float32)
+
+
+def labels(values: Any, n: int, num_classes: int, what: str) -> Label:
+  """Classes as i32[n] in [0, num_classes), or InputError."""
+  values = np.asarray(values)
+  if not np.issubdtype(values.dtype, np.integer):
+    raise InputError(f'{what} is {values.dtype}; expected integers, one class per image')
+  if values.shape != (n,):
+    raise InputError(f'{what} has shape {values.shape}; expected ({n},), one class per image')
+  wrong = (values < 0) | (values >= num_classes)
+  if wrong.any():
+    i = int(np.argmax(wrong))
+    raise InputError(
+      f'{what} of image {i} is {int(values[i])}; the classifier has the classes 0…{num_classes - 1}'
+    )
+  return jnp.asarray(values, jnp.int32)
+
+
+def targets_differ(target: Label, label: Label) -> None:
+  """InputError where the target is the true class already."""
+  same = np.asarray(target) == np.asarray(label)
+  if same.any():
+    i = int(np.argmax(same))
+    raise InputError(
+      f'target of image {i} is {int(target[i])}, its own class; expected another class, '
+      'such as (label + 1) % num_classes'
+    )
+
+
+def target_map(values: Any, shape: tuple[int, ...]) -> Map:
+  """Maps as f32 of that shape in [0,1], or InputError."""
+  values = np.asarray(values)
+  if values.shape != tuple(shape):
+    raise InputError(
+      f'target_map has shape {values.shape}; the interpreter makes maps of {tuple(shape)}'
+    )
+  if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+    raise InputError(
+      f'target_map ranges over [{values.min():g}, {values.max():g}]; expected finite values '
+      'in [0,1]'
+    )
+  return jnp.asarray(values, jnp.float32)

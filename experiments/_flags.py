@@ -1,0 +1,86 @@
+"""Flags that the commands share; each command calls the `define_…` functions it needs."""
+
+from typing import Any
+
+import jax
+from absl import flags
+
+from adv2_jax import data, interpreters, nets
+from adv2_jax.types import InputError
+
+FLAGS = flags.FLAGS
+
+
+def define_data_flags() -> None:
+  """Which images and which classifier."""
+  flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
+  flags.DEFINE_string('data_path', None, 'Folder or file of the data; tfds: its data directory.')
+  flags.DEFINE_string('label_key', 'y', 'Array of a packed file that holds the labels.')
+  flags.DEFINE_string('split', None, 'Split of scenes and tfds sets; default: the evaluation one.')
+  flags.DEFINE_string('masks', None, 'Masks or boxes (.npz, .json) for localisation.')
+  flags.DEFINE_integer('image_size', None, "Side in pixels; default: the model's own.")
+  flags.DEFINE_bool('skip_corrupt', False, 'Leave damaged images out instead of stopping.')
+  flags.DEFINE_string('model', 'scene_resnet', f'One of {", ".join(nets.ZOO)}.')
+  flags.DEFINE_string(
+    'weights', None, 'Built-in name, FILE.npz, FILE.safetensors, orbax directory, hf://owner/name.'
+  )
+  flags.DEFINE_list('mean', None, "Channel means; default: the weights' card's, else ImageNet's.")
+  flags.DEFINE_list('std', None, 'Channel deviations; default likewise.')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
+
+
+def define_attack_flags() -> None:
+  """What is attacked, how, and where the results go."""
+  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.FACTORIES)}.')
+  flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
+  flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
+  flags.DEFINE_string('target_label', 'random', 'random, least_likely, a class, or FILE.csv.')
+  flags.DEFINE_float('epsilon', 0.031, 'L∞ radius, in units of the image range.')
+  flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
+  flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
+  flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
+  flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
+  flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
+  flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')
+  flags.DEFINE_string('workdir', None, 'Where to write; default: runs/<date-time>-<config hash>.')
+  flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
+  flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
+
+
+def config(*modules: str) -> dict[str, Any]:
+  """Every flag that these functions' module defined, by name."""
+  found = FLAGS.flags_by_module_dict()[__name__]
+  return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
+
+
+def check(c: dict[str, Any]) -> None:
+  """InputError for a number out of range or an unknown name, before anything is loaded."""
+  if not 0 < c['epsilon'] <= 1:
+    raise InputError(f'--epsilon is {c["epsilon"]}; expected 0 < epsilon ≤ 1, such as 0.031')
+  for name in ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices'):
+    if c[name] is not None and c[name] < 1:
+      raise InputError(f'--{name} is {c[name]}; expected at least 1')
+  if c['steps_s1'] is not None and c['steps_s1'] < 0:
+    raise InputError(f'--steps_s1 is {c["steps_s1"]}; expected 0 or more')
+  if not 0 <= c['seed'] < 2**32:
+    raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
+  if c['model'] not in nets.ZOO:
+    raise InputError(f'--model {c["model"]!r} is unknown; expected one of {", ".join(nets.ZOO)}')
+  if not c['interpreters'] or len(set(c['interpreters'])) < len(c['interpreters']):
+    raise InputError(f'--interpreters is {c["interpreters"]}; expected distinct names')
+  for name in c['interpreters']:
+    interpreters.build(name)
+  if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
+    raise InputError(
+      f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
+    )
+
+
+def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
+  """The numbers of --mean or --std."""
+  if values is None:
+    return None
+  try:
+    return tuple(float(v) for v in values)
+  except ValueError:
+    raise InputError(f'--{name} is {",".join(values)}; expected numbers like 0.5,0.5,0.5') from None
