@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from adv2_jax import figures, images, store
 from adv2_jax.overlay import overlay
 
-_GALLERY_ROWS = 8
+_GALLERY_ROWS = 6
 _FILES = ('metrics.json', 'examples.csv', 'history.json', 'examples', 'maps', 'flows', 'figures')
 _PICTURE_SIDE = 224  # larger pictures are shrunk for the page
 _NUMBERS = ('id', 'label', 'target', 'prediction', 'confidence', 'success', 'map_l1', 'map_iou')
@@ -111,7 +111,9 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     drawn = dict(_figures(results))
     for name, found in galleries.items():
       if found.rows:
-        figure = figures.gallery(found.title, found.columns, found.rows)
+        figure = figures.gallery(
+          f'{name.upper()}: what the analyst sees', found.columns, found.rows
+        )
         _save(results.path, f'gallery-{name}', figure)
     for name, figure in drawn.items():
       _save(results.path, name, figure)
@@ -152,81 +154,86 @@ def _pgd_against_adv2(results: Results, interpreter: str) -> list[tuple[float, f
 
 
 class _Gallery(NamedTuple):
-  title: str
+  interpreter: str
   columns: list[str]
-  rows: list[list[figures.Panel | None]]
+  rows: list[tuple[figures.Panel | None, ...]]
 
 
 def _gallery(results: Results, interpreter: str) -> _Gallery:
   """The first examples in data-set order, not chosen ones: benign, PGD, ADV² image and map."""
   present = {a for a, name, _ in results.examples if name == interpreter}
   attacks = [a for a in ('benign', 'pgd', 'adv2', 'adv2_joint') if a in present]
-  other_target = results.config.get('target_map', 'benign') != 'benign'
   ids = results.ids(interpreter)[:_GALLERY_ROWS]
-  last = attacks[-1] if attacks and attacks[-1] != 'benign' else None
-  gain = _gain(results, interpreter, last, ids) if last else 1
+  pictures: dict[str, list[np.ndarray | None]] = {
+    a: [results.image(a, interpreter, i) for i in ids] for a in attacks
+  }
 
-  columns, rows = [], [[] for _ in ids]  # type: list[str], list[list[figures.Panel | None]]
-
-  def add(name: str, panel: Callable[[int], figures.Panel | None]) -> None:
-    panels = [panel(i) for i in ids]
-    if any(panels):
-      columns.append(name)
-      for row, found in zip(rows, panels, strict=True):
-        row.append(found)
-
-  def picture(attack: str) -> Callable[[int], figures.Panel | None]:
-    def panel(i: int) -> figures.Panel | None:
-      image = results.image(attack, interpreter, i)
-      return image if image is None else figures.Panel(image, caption(attack, i), attack)
-
-    return panel
-
-  def caption(attack: str, i: int) -> str:
-    example = results.examples.get((attack, interpreter, i), {})
-    seen, p = results.class_name(example.get('prediction')), example.get('confidence')
-    if p is None:
-      return seen
-    hit = example.get('prediction') == example.get('target')
-    return f'{seen} {p:.0%}' if hit else f'{seen} (target {p:.0%})'
-
-  def heat(attack: str, under: str) -> Callable[[int], figures.Panel | None]:
-    def panel(i: int) -> figures.Panel | None:
-      image, m = results.image(under, interpreter, i), results.map(attack, interpreter, i)
-      if image is None or m is None:
-        return None
-      example = results.examples.get((attack, interpreter, i), {})
-      compared = attack not in ('benign', 'target') and 'map_l1' in example
-      text = f'L1 {example["map_l1"]:.3f}  IoU {example["map_iou"]:.2f}' if compared else ''
-      return figures.Panel(overlay(image, m), text, attack if attack in figures.COLOURS else '')
-
-    return panel
-
-  def change(i: int) -> figures.Panel | None:
-    image, clean = results.image(str(last), interpreter, i), results.image('benign', interpreter, i)
-    if image is None or clean is None:
-      return None
-    shown = 0.5 + gain * (images.from_uint8(image) - images.from_uint8(clean))
-    return figures.Panel(images.to_uint8(shown), '')
-
+  columns: dict[str, list[figures.Panel | None]] = {}
   for attack in attacks:
-    add(f'{figures.label(attack)} image', picture(attack))
-    add(f'{figures.label(attack)} map', heat(attack, attack))
-    if attack == 'benign' and other_target:
-      add('target map', heat('target', 'benign'))
-  if last:
-    add(f'change ×{gain}', change)
-  return _Gallery(f'{interpreter.upper()}: what the analyst sees', columns, rows)
+    columns[f'{figures.label(attack)} image'] = [
+      None
+      if image is None
+      else figures.Panel(image, _seen(results, attack, interpreter, i), attack)
+      for image, i in zip(pictures[attack], ids, strict=True)
+    ]
+    columns[f'{figures.label(attack)} map'] = _heat(results, attack, interpreter, ids, pictures)
+    if attack == 'benign' and results.config.get('target_map', 'benign') != 'benign':
+      columns['target map'] = _heat(results, 'target', interpreter, ids, pictures)
+  if len(attacks) > 1 and attacks[0] == 'benign':
+    columns |= _change(pictures['benign'], pictures[attacks[-1]])
+  columns = {name: panels for name, panels in columns.items() if any(panels)}
+  return _Gallery(interpreter, list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def _gain(results: Results, interpreter: str, attack: str, ids: Sequence[int]) -> int:
-  """The amplification that lets the largest change shown just fit between black and white."""
-  largest = 1
-  for i in ids:
-    image, clean = results.image(attack, interpreter, i), results.image('benign', interpreter, i)
-    if image is not None and clean is not None:
-      largest = max(largest, int(np.abs(image.astype(int) - clean.astype(int)).max()))
-  return max(1, 127 // largest)
+def _seen(results: Results, attack: str, interpreter: str, i: int) -> str:
+  """The class that is predicted, with p(target)."""
+  example = results.examples.get((attack, interpreter, i), {})
+  name, p = results.class_name(example.get('prediction')), example.get('confidence')
+  if p is None:
+    return name
+  hit = example.get('prediction') == example.get('target')
+  return f'{name} {p:.0%}' if hit else f'{name} (target {p:.0%})'
+
+
+def _heat(
+  results: Results,
+  attack: str,
+  interpreter: str,
+  ids: Sequence[int],
+  pictures: Mapping[str, Sequence[np.ndarray | None]],
+) -> list[figures.Panel | None]:
+  """The maps over the images they belong to; how far they are from the target map."""
+  under = pictures.get('benign' if attack == 'target' else attack, [None] * len(ids))
+  maps = [results.map(attack, interpreter, i) for i in ids]
+  both = [k for k, m in enumerate(maps) if m is not None and under[k] is not None]
+  panels: list[figures.Panel | None] = [None] * len(ids)
+  if not both:
+    return panels
+  heats = overlay(np.stack([under[k] for k in both]), np.stack([maps[k] for k in both]))  # type: ignore[misc]
+  for k, heat in zip(both, heats, strict=True):
+    example = results.examples.get((attack, interpreter, ids[k]), {})
+    text = ''
+    if attack not in ('benign', 'target') and {'map_l1', 'map_iou'} <= example.keys():
+      text = f'L1 {example["map_l1"]:.3f} · IoU {example["map_iou"]:.2f}'
+    panels[k] = figures.Panel(heat, text, attack if attack in figures.COLOURS else '')
+  return panels
+
+
+def _change(
+  clean: Sequence[np.ndarray | None], attacked: Sequence[np.ndarray | None]
+) -> dict[str, list[figures.Panel | None]]:
+  """What was added, around mid-grey, amplified as far as the largest change shown allows."""
+  changes = [
+    None if a is None or b is None else a.astype(int) - b
+    for a, b in zip(attacked, clean, strict=True)
+  ]
+  largest = max((int(np.abs(d).max()) for d in changes if d is not None), default=0)
+  gain = max(1, 127 // max(1, largest))
+  panels = [
+    d if d is None else figures.Panel(np.clip(128 + gain * d, 0, 255).astype(np.uint8), '')
+    for d in changes
+  ]
+  return {f'change ×{gain}': panels}
 
 
 # The page.
@@ -355,6 +362,11 @@ _TABLE = (
   ),
 )
 
+_ZERO = {
+  'out_of_set': 'no image breaks the perturbation limit',
+  'nonfinite': 'no value is anything but a finite number',
+}
+
 
 def _page(results: Results, galleries: Mapping[str, _Gallery], svgs: Mapping[str, str]) -> str:
   config = results.config
@@ -438,7 +450,10 @@ def _cards(results: Results) -> Iterator[str]:
 
 
 def _table(results: Results) -> str:
-  columns = [c for c in _TABLE if any(r.get(c.field) is not None for r in results.rows)]
+  # What must be 0 is a sentence while it is, and a column when it is not.
+  shown = [c for c in _TABLE if any(r.get(c.field) is not None for r in results.rows)]
+  columns = [c for c in shown if c.field not in _ZERO or any(r.get(c.field) for r in results.rows)]
+  sound = ' and '.join(_ZERO[c.field] for c in shown if c not in columns)
   head = ''.join(f'<th title="{_e(c.meaning)}">{_e(c.title)}</th>' for c in columns)
   lines = []
   for interpreter in results.interpreters:
@@ -456,7 +471,7 @@ def _table(results: Results) -> str:
     f'<div class="scroll"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
     '<p class="note">Map figures are means over the successes; those over all images are in '
-    '<a href="metrics.json">metrics.json</a>.</p>'
+    f'<a href="metrics.json">metrics.json</a>.{f" {sound[0].upper()}{sound[1:]}." if sound else ""}</p>'
     f'<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>'
   )
 
@@ -481,14 +496,12 @@ def _html_gallery(gallery: _Gallery) -> str:
       if panel is None:
         cells.append('<figure></figure>')
         continue
-      colour = f' style="--ink:{figures.colour(panel.attack)}"' if panel.attack else ''
-      cells.append(
-        f'<figure{colour}><img loading="lazy" alt="{_e(name)}" src="{_data_uri(panel.image)}">'
-        f'<figcaption>{_e(panel.caption)}</figcaption></figure>'
-      )
-  heading = _e(gallery.title.partition(':')[0])
+      ink = f' style="--ink:{figures.colour(panel.attack)}"' if panel.attack else ''
+      caption = f'<figcaption{ink}>{_e(panel.caption)}</figcaption>' if panel.caption else ''
+      picture = f'<img loading="lazy" alt="{_e(name)}" src="{_data_uri(panel.image)}">'
+      cells.append(f'<figure>{picture}{caption}</figure>')
   return (
-    f'<h3>{heading}</h3><div class="scroll"><div class="gallery" '
+    f'<h3>{_e(gallery.interpreter.upper())}</h3><div class="scroll"><div class="gallery" '
     f'style="--columns:{len(gallery.columns)}">{"".join(cells)}</div></div>'
     f'<p class="note">The first {len(gallery.rows)} images in data-set order, not chosen ones.</p>'
   )
@@ -512,7 +525,8 @@ def _inline_svg(figure: Figure, name: str) -> str:
   svg = svg[svg.index('<svg') :]
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
   svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', '', svg)
-  svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1', svg, count=1)
+  width = f'style="max-width:{112 * figure.get_figwidth():.0f}px"'  # text of one size everywhere
+  svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', rf'<svg {width} \1', svg, count=1)
   svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1', svg, count=1)
   # Ids must be unique on the page.
   svg = re.sub(r'( id="|url\(#|href="#)', rf'\1{name}-', svg)
@@ -553,7 +567,7 @@ _CSS = """
 --line:#2b303a;--accent:#7fb0ff}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+main{max-width:1280px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:2rem;line-height:1.2;margin:0 0 .6rem;letter-spacing:-.02em}
 h2{font-size:1.3rem;margin:0 0 .8rem;letter-spacing:-.01em}
 h3{font-size:1rem;margin:1.2rem 0 .5rem}
@@ -575,10 +589,11 @@ padding-top:.35rem;margin-top:.5rem}
 .cards b{color:var(--fg);font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:.5rem .7rem;text-align:right;white-space:nowrap;
+th,td{padding:.4rem .55rem;text-align:right;white-space:nowrap;
 border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
-thead th{color:var(--soft);font-weight:600;cursor:help}
+thead th{color:var(--soft);font-weight:600;cursor:help;white-space:normal;vertical-align:bottom;
+line-height:1.25}
 tbody th{text-align:left;font-weight:500}
 tbody .who{font-weight:700;vertical-align:top;border-right:1px solid var(--line)}
 tbody i{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.5rem}
@@ -599,7 +614,7 @@ figure img{display:block;width:100%;border-radius:6px;image-rendering:auto}
 figcaption{font-size:.74rem;line-height:1.3;min-height:1.3em;margin-top:.2rem;color:var(--soft);
 border-left:3px solid var(--ink,transparent);padding-left:.35rem}
 .plot{padding:1rem}
-.plot svg{display:block;width:100%;height:auto}
+.plot svg{display:block;width:100%;height:auto;margin:auto}
 .links{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;list-style:none;padding:0;font-size:.9rem}
 @media(max-width:640px){h1{font-size:1.5rem}main{padding-top:1.5rem}
 dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}

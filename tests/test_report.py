@@ -184,6 +184,7 @@ def test_text_is_escaped_and_readable(run):
   assert 'script' not in {tag for tag, _ in page.tags}
   for column in ('success', 'map L1', 'map IoU', 'rank corr.', 'max change', 'gradients'):
     assert column in text
+  assert 'no image breaks the perturbation limit' in text.lower()
   assert 'pointing' not in text  # nothing was measured with masks, so no empty column
 
 
@@ -220,8 +221,8 @@ def test_pictures_are_the_stored_ones(run):
   np.testing.assert_array_equal(decoded[5], heat)
   # The change is amplified as far as it fits: 127 // 8.
   assert pictures[6]['alt'] == 'change ×15'
-  expected = 127.5 + 15 * (adv2.astype(float) - clean)
-  np.testing.assert_allclose(decoded[6], expected, atol=1)
+  expected = 128 + 15.0 * (adv2.astype(float) - clean)
+  np.testing.assert_array_equal(decoded[6], np.clip(expected, 0, 255))
 
 
 def test_figures_are_written_and_not_blank(run):
