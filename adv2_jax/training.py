@@ -56,8 +56,10 @@ StepFn = Callable[[TrainState, TrainBatch, Key], tuple[TrainState, Metrics]]
 # --- batches --------------------------------------------------------------------------------------
 
 
-def shuffled(images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int):
-  """Step -> TrainBatch, from a fresh permutation for each epoch; the odd rest is dropped.
+def shuffled(
+  images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int
+) -> Callable[[int], TrainBatch]:
+  """A function step -> TrainBatch: a fresh permutation for each epoch, the odd rest dropped.
 
   Raises:
     InputError: fewer images than one batch.
@@ -195,12 +197,13 @@ def make_evaluate(
   std: tuple[float, ...],
   batch_size: int = 250,
 ) -> Callable[[PyTree], float]:
-  """Variables -> accuracy on u8[N,H,W,3] images; compiled once."""
+  """A function variables -> accuracy on u8[N,H,W,3] images; compiled once."""
   mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
 
   @jax.jit
   def predict(variables: PyTree, image: Array) -> Array:
-    return module.apply(variables, (image / np.float32(255) - mean_) / std_).logits.argmax(-1)
+    out: Any = module.apply(variables, (image / np.float32(255) - mean_) / std_)
+    return out.logits.argmax(-1)
 
   def evaluate(variables: PyTree) -> float:
     right = 0
@@ -238,6 +241,11 @@ def load_state(path: pathlib.Path, template: PyTree) -> PyTree:
   return jax.tree.map(jnp.asarray, state)
 
 
+def all_finite(tree: PyTree) -> bool:
+  """Whether no leaf holds NaN or infinity."""
+  return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
 def fit(
   step_fn: StepFn,
   state: TrainState,
@@ -262,7 +270,7 @@ def fit(
     num_steps: the step to stop after.
     key: folded with the step's number for each step.
     checkpoint: file the state is saved to, every `save_every` steps and at the end.
-    save_every: steps between saves.
+    save_every: steps between saves; one that is not finite is never saved.
     evaluate: variables -> accuracy, every `evaluate_every` steps (0: never) and at the end.
     evaluate_every: steps between evaluations.
     log: gets one row per `log_every` steps, and one per evaluation.
@@ -270,7 +278,7 @@ def fit(
     progress: show a bar with loss, accuracy and images per second.
 
   Raises:
-    InputError: the loss is no longer finite.
+    InputError: the loss or the weights are no longer finite.
   """
 
   def counted(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
@@ -288,12 +296,14 @@ def fit(
       state, metrics = jitted(state, batch, key)
       images += len(batch.label)
       last = step == num_steps
-      if last or step % log_every == 0:
+      save = last or step % save_every == 0
+      if save or step % log_every == 0:
         row = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(row['loss']):
+        # The loss is that before the update, so the weights are looked at too before a save.
+        if not np.isfinite(row['loss']) or (save and not all_finite(state.variables)):
           raise InputError(
-            f'the loss is {row["loss"]} at step {step}: lower --learning_rate, then start again '
-            f'in a new --workdir'
+            f'training diverged at step {step}, loss {row["loss"]:.3g}: lower --learning_rate and '
+            'start again in a new --workdir'
           )
         row['images_per_second'] = images / (time.perf_counter() - since)
         images, since = 0, time.perf_counter()
@@ -304,7 +314,7 @@ def fit(
           held_out='-' if accuracy is None else f'{accuracy:.4f}',
           images_per_s=f'{row["images_per_second"]:.0f}',
         )
-      if checkpoint is not None and (last or step % save_every == 0):
+      if checkpoint is not None and save:
         save_state(checkpoint, state)
       if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
         accuracy = evaluate(state.variables)

@@ -29,4 +29,8 @@ def define_train_flags() -> None:
   flags.DEFINE_float('learning_rate', 0.1, 'Peak of the one-cycle schedule.')
   flags.DEFINE_float('weight_decay', 5e-4, 'On kernels only.')
   flags.DEFINE_float('label_smoothing', 0.02, 'Share of the target spread over all classes.')
-  flags.DEFINE_integer('save_every', 250, 'Steps between saved states.')
+
+
+def all_flags() -> list[flags.Flag]:
+  """The flags declared here."""
+  return flags.FLAGS.flags_by_module_dict()[__name__]

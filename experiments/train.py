@@ -15,9 +15,7 @@ and a CIFAR-10 net is made by
 
 import csv
 import dataclasses
-import json
 import os
-import pathlib
 import platform
 import shlex
 import sys
@@ -29,15 +27,14 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from adv2_jax import checkpoints, data, images, nets, training
+from adv2_jax import checkpoints, data, nets, store, training
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import InputError
 from experiments import _train_flags
 
 FLAGS = flags.FLAGS
 NUM_SCENES = 16000
-# These may differ between a run and its continuation.
-FREE = ('workdir', 'resume', 'save_every')
+SAVE_EVERY = 250  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,32 +119,6 @@ def pixels_and_histogram(image: np.ndarray, cells: int = 16, bins: int = 16) -> 
   return np.concatenate([blocks.reshape(n, -1), histogram.reshape(n, -1), mean], axis=1)
 
 
-def prepare_workdir() -> pathlib.Path:
-  """Makes --workdir, or accepts it for --resume.
-
-  Raises:
-    InputError: it is in use without --resume, or holds a run with other flags.
-  """
-  workdir = pathlib.Path(FLAGS.workdir or f'runs/train-{FLAGS.task}-{FLAGS.model}')
-  module = {flag.name: flag.value for flag in FLAGS.flags_by_module_dict()[_train_flags.__name__]}
-  config = json.loads(json.dumps({k: v for k, v in sorted(module.items()) if k not in FREE}))
-  path = workdir / 'config.json'
-  if workdir.exists() and any(workdir.iterdir()):
-    if not FLAGS.resume:
-      raise InputError(f'--workdir {workdir} is not empty: pass --resume, or choose another')
-    before = json.loads(path.read_text()) if path.exists() else {}
-    changed = [k for k in config if before.get(k) != config[k]]
-    if changed:
-      k = changed[0]
-      raise InputError(
-        f'--workdir {workdir} holds a run with --{k}={before.get(k)}, not {config[k]}: '
-        'use the same flags, or choose another'
-      )
-  workdir.mkdir(parents=True, exist_ok=True)
-  images.write_atomic(path, json.dumps(config, indent=2).encode())
-  return workdir
-
-
 def normalisation(text: list[str] | None, default: tuple[float, ...]) -> tuple[float, ...]:
   """Three numbers of a flag, or the default."""
   try:
@@ -164,7 +135,12 @@ def train_classifier() -> None:
   mean, std = normalisation(FLAGS.mean, IMAGENET_MEAN), normalisation(FLAGS.std, IMAGENET_STD)
   module = nets.build(FLAGS.model)  # An unknown name is told before anything is decoded.
   started = time.time()
-  workdir = prepare_workdir()
+  config = {flag.name: flag.value for flag in _train_flags.all_flags()}
+  # batch_size is free for attacks, whose results do not depend on it; for training it counts.
+  config['images_per_step'] = FLAGS.batch_size
+  workdir = store.Workdir.create(
+    FLAGS.workdir or f'runs/train-{FLAGS.task}-{FLAGS.model}', config, FLAGS.resume
+  ).path
   train, test, dataset = load_data()
   module = nets.build(FLAGS.model, num_classes=dataset.num_classes)
 
@@ -194,7 +170,7 @@ def train_classifier() -> None:
     if not file.tell():
       writer.writeheader()
     state = training.fit(
-      step, state, batch_at, steps, step_key, checkpoint=checkpoint, save_every=FLAGS.save_every,
+      step, state, batch_at, steps, step_key, checkpoint=checkpoint, save_every=SAVE_EVERY,
       evaluate=evaluate, evaluate_every=per_epoch, log=writer.writerow,
     )  # fmt: skip
 

@@ -225,7 +225,7 @@ def test_a_corrupt_image_can_be_skipped_and_ids_stay(folder):
   (folder / 'ant' / '1.png').write_bytes(b'')
   dataset = data.load('folder', folder, skip_corrupt=True)
   np.testing.assert_array_equal(dataset.ids, [0, 2, 3, 4, 5])
-  assert dataset.num_skipped == 1
+  assert dataset.damaged == {1}
   assert len(dataset) == 6
   np.testing.assert_array_equal(dataset.images(dataset.ids), pictures(6)[dataset.ids])
 

@@ -86,7 +86,7 @@ def load(
     split: for scenes and tfds sets; None for the one to evaluate on.
     label_key: which array of a packed file holds the labels.
     masks: file with the objects' masks or boxes, see `data.masks.read_masks`.
-    skip_corrupt: leave damaged images out (`num_skipped`) instead of stopping.
+    skip_corrupt: leave damaged images out (see `Dataset.damaged`) instead of stopping.
 
   Raises:
     InputError: whatever is wrong, in one line that names the file or value.

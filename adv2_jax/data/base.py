@@ -26,7 +26,7 @@ class Dataset:
     image_size: side to resize and crop to; None keeps images as they are.
     mask_of: id -> bool[H,W] of the object in the image as stored, or as resized; None if unknown.
     skip_corrupt: leave damaged images out, instead of stopping.
-    ids: i64[n], the examples to use, in order; all, less those found damaged.
+    damaged: ids found damaged by `check`.
   """
 
   name: str
@@ -38,13 +38,11 @@ class Dataset:
   image_size: int | None = None
   mask_of: Callable[[int], np.ndarray | None] | None = None
   skip_corrupt: bool = False
-  ids: np.ndarray | None = None
+  damaged: frozenset[int] = frozenset()
 
   def __post_init__(self):
     labels = check_labels(self.labels, self.num_classes, self.name)
     object.__setattr__(self, 'labels', labels)
-    if self.ids is None:
-      object.__setattr__(self, 'ids', np.arange(len(labels)))
     if self.image_size is not None and self.image_size < 1:
       raise InputError(f'image_size {self.image_size} is not a positive number of pixels')
 
@@ -53,9 +51,9 @@ class Dataset:
     return len(self.labels)
 
   @property
-  def num_skipped(self) -> int:
-    """Number of damaged examples left out of `ids`."""
-    return len(self.labels) - len(self.ids)
+  def ids(self) -> np.ndarray:
+    """The examples to use, i64[n] in order: all, less those found damaged."""
+    return np.setdiff1d(np.arange(len(self)), list(self.damaged))
 
   def image(self, i: int) -> np.ndarray:
     """Example i as u8[H,W,3], resized and cropped to `image_size` if that is set.
@@ -107,7 +105,7 @@ class Dataset:
     Raises:
       InputError: an image is damaged (named), or of another size than the first; or none is left.
     """
-    damaged, first = set(), None
+    damaged, first = set(self.damaged), None
     for i in self.ids if ids is None else ids:
       try:
         shape = self.image(i).shape
@@ -119,10 +117,9 @@ class Dataset:
       self.mask(i)
       first = first or (i, shape)
       self._check_shape(i, shape, *first)
-    keep = np.array([i for i in self.ids if int(i) not in damaged], np.int64)
-    if not len(keep):
+    if len(damaged) == len(self):
       raise InputError(f'data set {self.name} has no readable image: check --data_path')
-    return dataclasses.replace(self, ids=keep)
+    return dataclasses.replace(self, damaged=frozenset(damaged))
 
   def check_classes(self, num_classes: int) -> None:
     """Raises InputError if a label is beyond a classifier of `num_classes`."""

@@ -16,6 +16,7 @@ from adv2_jax import images as image_lib
 from adv2_jax.data.base import Dataset
 from adv2_jax.types import InputError
 
+Path = str | pathlib.Path | None
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
 LABEL_KEY = 'y'
 
@@ -27,7 +28,7 @@ TFDS = {
 }
 
 
-def _existing(data_path: str | pathlib.Path | None, what: str) -> pathlib.Path:
+def _existing(data_path: Path, what: str) -> pathlib.Path:
   if data_path is None:
     raise InputError(f'--dataset {what} needs --data_path')
   path = pathlib.Path(data_path)
@@ -67,7 +68,7 @@ def _classes(labels: np.ndarray, names: Any = None) -> tuple[int, tuple[str, ...
   return len(names), tuple(str(name) for name in names)
 
 
-def folder(data_path: str | None, **options: Any) -> Dataset:
+def folder(data_path: Path, **options: Any) -> Dataset:
   """Image files: one sub-folder per class (sorted), or labels.csv with columns file,label.
 
   Labels in labels.csv are class numbers, or else names (numbered in sorted order).
@@ -126,7 +127,7 @@ def _read_labels_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]
   return [image for image, _ in rows], [label for _, label in rows]
 
 
-def npz(data_path: str | None, **options: Any) -> Dataset:
+def npz(data_path: Path, **options: Any) -> Dataset:
   """Arrays image u8[N,H,W,3] and label i[N]."""
   path = _existing(data_path, 'npz')
   arrays = read_npz(path)
@@ -151,7 +152,7 @@ def npz(data_path: str | None, **options: Any) -> Dataset:
   )
 
 
-def packed(data_path: str | None, label_key: str = LABEL_KEY, **options: Any) -> Dataset:
+def packed(data_path: Path, label_key: str = LABEL_KEY, **options: Any) -> Dataset:
   """Encoded image files end to end: `blob` u8, `offsets` i[N+1] and the labels `label_key` i[N]."""
   path = _existing(data_path, 'packed')
   arrays = read_npz(path)
@@ -190,7 +191,7 @@ def _check_length(labels: np.ndarray, n: int, path: pathlib.Path) -> None:
 
 
 def prepared_tfds(
-  name: str, data_path: str | None = None, split: str | None = None, **options: Any
+  name: str, data_path: Path = None, split: str | None = None, **options: Any
 ) -> Dataset:
   """A set prepared by tensorflow_datasets, read at random through its `data_source`.
 
