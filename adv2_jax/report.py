@@ -363,8 +363,8 @@ _TABLE = (
 )
 
 _ZERO = {
-  'out_of_set': 'no image breaks the perturbation limit',
-  'nonfinite': 'no value is anything but a finite number',
+  'out_of_set': 'No image breaks the perturbation limit.',
+  'nonfinite': 'Every value is a finite number.',
 }
 
 
@@ -453,7 +453,7 @@ def _table(results: Results) -> str:
   # What must be 0 is a sentence while it is, and a column when it is not.
   shown = [c for c in _TABLE if any(r.get(c.field) is not None for r in results.rows)]
   columns = [c for c in shown if c.field not in _ZERO or any(r.get(c.field) for r in results.rows)]
-  sound = ' and '.join(_ZERO[c.field] for c in shown if c not in columns)
+  sound = ''.join(f' {_ZERO[c.field]}' for c in shown if c not in columns)
   head = ''.join(f'<th title="{_e(c.meaning)}">{_e(c.title)}</th>' for c in columns)
   lines = []
   for interpreter in results.interpreters:
@@ -471,7 +471,7 @@ def _table(results: Results) -> str:
     f'<div class="scroll"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
     '<p class="note">Map figures are means over the successes; those over all images are in '
-    f'<a href="metrics.json">metrics.json</a>.{f" {sound[0].upper()}{sound[1:]}." if sound else ""}</p>'
+    f'<a href="metrics.json">metrics.json</a>.{sound}</p>'
     f'<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>'
   )
 
