@@ -1,21 +1,207 @@
-"""The convolution and batch norm every net here is made of: torch's numbers, NHWC layout."""
+"""The convolution and batch norm every net here is made of: torch's numbers, NHWC layout.
 
-from typing import Any
+Why `conv2d` does not stop at `lax.conv_general_dilated`: XLA's CPU backend brings a convolution
+into the layout of its fast kernel only in the entry computation. Inside `lax.scan`, where attacks
+live, the convolutions that autodiff makes (swapped kernel, reversed window) fall to a naive loop, 5
+times slower by the input and 75 times by the kernel; besides, the fast kernel runs most 1×1 and
+many 3×3 shapes on one core only. So on CPU each convolution and each of its derivatives is written
+as what runs fast there, mostly matrix products; on other platforms it stays XLA's own.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+_DIMS = ('NHWC', 'HWIO', 'NHWC')
+_MAX_COLUMNS = 2**27  # numbers in the intermediate of a matrix form (512 MB); above, XLA's form
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
-  """Cross-correlation, x [B,H,W,C] with kernel [kh,kw,C,F], zero padding on all sides as torch."""
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    [(padding, padding)] * 2,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  """Cross-correlation, zero padding on all sides as torch.
+
+  Differentiable to any order in reverse mode; not in forward mode (`jax.jvp`).
+
+  Args:
+    x: [B,H,W,C].
+    kernel: [kh,kw,C,F].
+    stride: of both axes.
+    padding: of both axes, on both ends.
+
+  Returns:
+    [B,h,w,F], h = ⌊(H + 2·padding − kh) / stride⌋ + 1.
+  """
+  shape = Geometry(stride, padding, x.shape[1:3], kernel.shape[:2])
+  return _forward(shape, x, kernel)
+
+
+# --- one trilinear form, three maps ---------------------------------------------------------------
+# ⟨conv(x, k), g⟩ = ⟨x, by_input(g, k)⟩ = ⟨k, by_kernel(x, g)⟩ is linear in each of x, k, g, so the
+# derivatives of each of the three maps are the other two: closed under differentiation.
+
+
+class Geometry(NamedTuple):
+  """What a convolution needs to know beside its operands; static."""
+
+  stride: int
+  padding: int
+  image: tuple[int, int]
+  window: tuple[int, int]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward(shape: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
+  plain = functools.partial(_plain, shape)
+  return lax.platform_dependent(x, k, cpu=functools.partial(_forward_cpu, shape), default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_input(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
+  x = jax.ShapeDtypeStruct((g.shape[0], *shape.image, k.shape[2]), g.dtype)
+
+  def plain(g: jax.Array, k: jax.Array) -> jax.Array:
+    return jax.linear_transpose(lambda x: _plain(shape, x, k), x)(g)[0]
+
+  return lax.platform_dependent(g, k, cpu=functools.partial(_by_input_cpu, shape), default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(shape: Geometry, x: jax.Array, g: jax.Array) -> jax.Array:
+  k = jax.ShapeDtypeStruct((*shape.window, x.shape[3], g.shape[3]), x.dtype)
+
+  def plain(x: jax.Array, g: jax.Array) -> jax.Array:
+    return jax.linear_transpose(lambda k: _plain(shape, x, k), k)(g)[0]
+
+  return lax.platform_dependent(x, g, cpu=functools.partial(_by_kernel_cpu, shape), default=plain)
+
+
+def _derivatives(of: Callable, by_first: Callable, by_second: Callable) -> None:
+  """Registers the derivatives of of(shape, a, b): by_first(c, b) and by_second(a, c)."""
+  of.defvjp(
+    lambda shape, a, b: (of(shape, a, b), (a, b)),
+    lambda shape, ab, c: (by_first(shape, c, ab[1]), by_second(shape, ab[0], c)),
   )
+
+
+_derivatives(_forward, _by_input, _by_kernel)
+_derivatives(_by_input, _forward, lambda shape, g, c: _by_kernel(shape, c, g))
+_derivatives(_by_kernel, lambda shape, c, g: _by_input(shape, g, c), _forward)
+
+
+def _plain(shape: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
+  return _xla(x, k, (shape.stride,) * 2, [(shape.padding,) * 2] * 2)
+
+
+def _xla(x, k, stride, padding, dilate_x=(1, 1), dilate_k=(1, 1)) -> jax.Array:
+  return lax.conv_general_dilated(x, k, stride, padding, dilate_x, dilate_k, _DIMS)
+
+
+# --- the forms for CPU ----------------------------------------------------------------------------
+
+
+def _forward_cpu(shape: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
+  if shape.window == (1, 1) and not shape.padding:
+    return _matmul(x[:, :: shape.stride, :: shape.stride], k[0, 0])
+  if shape.stride == 1:
+    return _correlate(x, k, [(shape.padding,) * 2] * 2)
+  _, _, c, f = k.shape
+  if not _pays(c, f, _size(shape) * len(x) * c):
+    return _plain(shape, x, k)
+  return _gather(x, k, shape.stride, [(shape.padding,) * 2] * 2)
+
+
+def _by_input_cpu(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
+  (kh, kw, c, f), s, p = k.shape, shape.stride, shape.padding
+  # What g, spread by the stride, lacks at either end to give back the whole image.
+  ends = [
+    (n - 1 - p, size + p - (m - 1) * s - 1)
+    for n, size, m in zip(shape.window, shape.image, g.shape[1:3], strict=True)
+  ]
+  flipped = k[::-1, ::-1].swapaxes(2, 3)
+  if s == 1:
+    return _correlate(g, flipped, ends)
+  if (kh, kw) == (1, 1) or _pays(c, f, kh * kw * g.size // f * c):
+    return _scatter(g, flipped, s, ends)
+  return _xla(g, flipped, (1, 1), ends, dilate_x=(s, s))
+
+
+def _by_kernel_cpu(shape: Geometry, x: jax.Array, g: jax.Array) -> jax.Array:
+  (kh, kw), s, p = shape.window, shape.stride, shape.padding
+  if (kh, kw) == (1, 1) and not p:
+    axes = ((0, 1, 2), (0, 1, 2))
+    return lax.dot_general(x[:, ::s, ::s], g, (axes, ((), ())))[None, None]
+  # Channels for batch and batch for channels: the kernel is what x and g correlate to.
+  ends = [
+    (p, n + (m - 1) * s - size - p)
+    for n, size, m in zip(shape.window, shape.image, g.shape[1:3], strict=True)
+  ]
+  k = _xla(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), ends, dilate_k=(s, s))
+  return k.transpose(1, 2, 0, 3)
+
+
+def _size(shape: Geometry) -> int:
+  """Number of outputs per example, times the taps of the window."""
+  outputs = [
+    (size + 2 * shape.padding - n) // shape.stride + 1
+    for n, size in zip(shape.window, shape.image, strict=True)
+  ]
+  return math.prod(outputs) * math.prod(shape.window)
+
+
+def _pays(c: int, f: int, columns: int) -> bool:
+  """Whether writing out `columns` numbers is little beside the products made of them."""
+  return (max(c, f) >= 32 or min(c, f) <= 4) and columns <= _MAX_COLUMNS
+
+
+def _correlate(x: jax.Array, k: jax.Array, ends: list[tuple[int, int]]) -> jax.Array:
+  """Correlation of stride 1 with x padded by `ends`: matrix products on the narrower side."""
+  kh, kw, c, f = k.shape
+  if not _pays(c, f, kh * kw * x.size // c * min(c, f)):
+    return _xla(x, k, (1, 1), ends)
+  return _scatter(x, k, 1, ends) if f <= c else _gather(x, k, 1, ends)
+
+
+def _gather(x: jax.Array, k: jax.Array, stride: int, ends: list[tuple[int, int]]) -> jax.Array:
+  """Each output's window laid out in a row (im2col), then one product."""
+  kh, kw, c, f = k.shape
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*e, 0) for e in ends), (0, 0, 0)])
+  h, w = ((size - n) // stride for size, n in zip(x.shape[1:3], (kh, kw), strict=True))
+  taps = [
+    x[:, i : i + h * stride + 1 : stride, j : j + w * stride + 1 : stride]
+    for i in range(kh)
+    for j in range(kw)
+  ]
+  return _matmul(jnp.concatenate(taps, axis=-1), k.reshape(kh * kw * c, f))
+
+
+def _scatter(x: jax.Array, k: jax.Array, spread: int, ends: list[tuple[int, int]]) -> jax.Array:
+  """One product for all taps, then their sum, each shifted to its place; x spread, then padded."""
+  kh, kw, c, f = k.shape
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  taps = _matmul(x, k.transpose(2, 0, 1, 3).reshape(c, kh * kw * f), wide)
+  zero = jnp.zeros((), wide)
+
+  def place(i: int, j: int) -> jax.Array:
+    tap = taps[..., (i * kw + j) * f :][..., :f]
+    rows, columns = (
+      (low - at, high - (n - 1 - at), spread - 1)
+      for (low, high), n, at in zip(ends, (kh, kw), (i, j), strict=True)
+    )
+    return lax.pad(tap, zero, [(0, 0, 0), rows, columns, (0, 0, 0)])
+
+  return sum(place(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
+
+
+def _matmul(x: jax.Array, k: jax.Array, dtype: Any = None) -> jax.Array:
+  return lax.dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+# --- layers ---------------------------------------------------------------------------------------
 
 
 class Conv(nn.Module):
