@@ -17,10 +17,11 @@ from adv2_jax import (
   perturbations,
   presets,
 )
-from adv2_jax import attack as _loop  # the module; `adv2_jax.attack` itself is the one-call front
 from adv2_jax.api import AttackResult, attack, attack_batch
+from adv2_jax.attack import adv2, pgd, run, run_chunk, staged, track_best
 from adv2_jax.checkpoints import load_classifier
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
+from adv2_jax.overlay import overlay
 from adv2_jax.types import (
   Attack,
   AttackState,
@@ -33,13 +34,6 @@ from adv2_jax.types import (
   Terms,
   Unrolled,
 )
-
-adv2 = _loop.adv2
-pgd = _loop.pgd
-track_best = _loop.track_best
-staged = _loop.staged
-run = _loop.run
-run_chunk = _loop.run_chunk
 
 __version__ = '0.1.0'
 
@@ -71,6 +65,7 @@ __all__ = [
   'metrics',
   'nets',
   'optimisers',
+  'overlay',
   'perturbations',
   'pgd',
   'presets',

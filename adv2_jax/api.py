@@ -105,16 +105,18 @@ def attack_batch(
   key: Key,
   *,
   every: int = 10,
-  on_chunk: Callable[[int, np.ndarray], None] | None = None,
+  on_chunk: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> tuple[Image, History]:
   """Runs a recipe on one batch and returns the 8-bit images; no check of the input.
 
   Chunks of `every` steps run on the device; between them the host sees terms and success, calls
-  `on_chunk(evaluations so far, success)`, and ends a stage whose examples are all done.
+  `on_chunk(evaluations so far, in all, success)`, and ends a stage whose examples are all done.
   """
   fixed = _Fixed(clf, interpreter, jnp.float32(epsilon), key, batch)
+  schedule = _schedule(recipe, fixed)
+  total = sum(steps for _, steps in schedule)
   delta, seen, evaluations, passes = None, [], 0, 0.0
-  for stage, (attack, steps) in enumerate(_schedule(recipe, fixed)):
+  for stage, (attack, steps) in enumerate(schedule):
     if not steps:
       continue
     state, step = _init(recipe, stage, fixed, delta), 0
@@ -124,7 +126,7 @@ def attack_batch(
       step, evaluations, passes = step + n, evaluations + n, passes + n * attack.passes[0]
       seen.append((evaluations, passes, *jax.device_get((terms, hit))))
       if on_chunk:
-        on_chunk(evaluations, seen[-1][-1])
+        on_chunk(evaluations, total, seen[-1][-1])
       if finished:
         break
     delta = _result(recipe, stage, fixed, state)

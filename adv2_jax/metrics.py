@@ -265,6 +265,12 @@ def out_of_set(x8: Image, x0: Image, epsilon: float) -> Array:
 # Everything at once.
 
 
+def judge_keys(seed: int, ids: Array | np.ndarray) -> Key:
+  """The fixed key of each example [B] under which all its image states are explained."""
+  base = jax.random.fold_in(jax.random.key(seed), 1)
+  return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(ids))
+
+
 def score(
   clf: Classifier,
   interpreter: Interpreter,

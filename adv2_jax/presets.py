@@ -132,6 +132,13 @@ def plain_pgd(steps: int) -> Recipe:
   return Recipe(linf_ball, schedule)
 
 
+def pgd_baseline(preset: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+  """The plain-PGD row of that preset: as many steps as the joint attack, or 1200 and 50."""
+  if steps_s2 is not None:
+    return plain_pgd(steps_s2 + (steps_s1 or 0))
+  return plain_pgd(1200 if preset == 'authors' else 50)
+
+
 @functools.lru_cache
 def fast(name: str, steps: int | None = None) -> Recipe:
   """Ours: no warm start, sign momentum with cosine-decayed steps, judged as it will be judged.

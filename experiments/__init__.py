@@ -1,0 +1,1 @@
+"""Commands: attack, evaluate, train, bench, convert."""

@@ -47,7 +47,7 @@ def define_attack_flags() -> None:
   flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
 
 
-def config(*modules: str) -> dict[str, Any]:
+def config() -> dict[str, Any]:
   """Every flag that these functions' module defined, by name."""
   found = FLAGS.flags_by_module_dict()[__name__]
   return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
