@@ -319,8 +319,8 @@ def score(
   )
   scores = {
     'prediction': logits.argmax(-1),
-    'confidence': confidence(logits, target),
-    'success': success(logits, target) & ~nonfinite,
+    'confidence': confidence(logits, seen),
+    'success': success(logits, seen) & ~nonfinite,
     'map_l1': map_l1(fresh, target_map),
     'map_l2': map_l2(fresh, target_map),
     'map_mse': map_mse(fresh, target_map),

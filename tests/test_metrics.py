@@ -327,20 +327,24 @@ def test_score_is_what_its_parts_say(bench, key):
 
 
 def test_clean_image_scores_as_itself(bench, key):
-  clf, interpreter, x0, _, y, _ = bench
-  target_map = interpreter.explain(clf, x0, y, types.example_keys(key, 5))
-  scores, _ = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))(
-    x0, x0, y, y, target_map, key
-  )
+  clf, interpreter, x0, _, y, target = bench
+  keys = types.example_keys(key, 5)
+  target_map = interpreter.explain(clf, x0, y, keys)
+  judge = jax.jit(functools.partial(metrics.score, clf, interpreter, shown='label', epsilon=0.031))
+  scores, fresh = judge(x0, x0, y, target, target_map, keys)
   assert np.all(scores['success'])
-  for name, value in {
-    'map_l1': 0,
-    'two_class_l1': 0,
-    'linf': 0,
-    'map_iou': 1,
-    'map_ssim': 1,
-  }.items():
+  np.testing.assert_allclose(scores['confidence'], metrics.confidence(clf(x0).logits, y), atol=1e-6)
+  np.testing.assert_allclose(fresh, target_map, atol=1e-5)
+  for name, value in {'map_l1': 0, 'two_class_l1': 0, 'linf': 0, 'map_iou': 1}.items():
     np.testing.assert_allclose(scores[name], value, atol=1e-5)
+
+
+def test_judge_keys_belong_to_examples_and_seeds():
+  data = jax.random.key_data
+  keys = metrics.judge_keys(3, [5, 9, 5])
+  np.testing.assert_array_equal(data(keys[1]), data(metrics.judge_keys(3, np.array([9]))[0]))
+  np.testing.assert_array_equal(data(keys[0]), data(keys[2]))
+  assert len({tuple(np.asarray(data(k))) for k in [*keys, *metrics.judge_keys(4, [5, 9])]}) == 4
 
 
 def test_score_is_equivariant_and_marks_nonfinite(bench, key):
