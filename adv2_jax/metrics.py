@@ -302,7 +302,7 @@ def score(
     clean_maps: `two_class_maps` of x0 with the same labels and key, when already at hand; saves
       half of the explanations.
     shown: which class the analyst sees and asks to have explained: for an image that was not
-      attacked it is the true one.
+      attacked it is the true one. Success and confidence are always of the target.
 
   Returns:
     ({field: [B]}, the fresh maps of the class shown). Fields: prediction, confidence, success,
@@ -319,8 +319,8 @@ def score(
   )
   scores = {
     'prediction': logits.argmax(-1),
-    'confidence': confidence(logits, seen),
-    'success': success(logits, seen) & ~nonfinite,
+    'confidence': confidence(logits, target),
+    'success': success(logits, target) & ~nonfinite,
     'map_l1': map_l1(fresh, target_map),
     'map_l2': map_l2(fresh, target_map),
     'map_mse': map_mse(fresh, target_map),
@@ -354,8 +354,13 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
   return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
 
 
-def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def aggregate(rows: Sequence[Mapping[str, Any]], attacked: bool = True) -> dict[str, Any]:
   """The figures of one (attack, interpreter) from its examples' records.
+
+  Args:
+    rows: the records.
+    attacked: False for clean and other images; there is no success to select by, so all their map
+      figures are over all examples.
 
   Returns:
     n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes), the map fields as means over
@@ -382,7 +387,7 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     'asr': mean(rows, 'success'),
     'asr_ci95': wilson_interval(len(successes), len(rows)),
     'mc': mean(successes, 'confidence'),
-    **{field: mean(successes, field) for field in MAP_FIELDS},
+    **{field: mean(successes if attacked else finite, field) for field in MAP_FIELDS},
     **{f'{field}_all': mean(finite, field) for field in MAP_FIELDS},
     'linf_max': max(values(finite, 'linf'), default=None),
     'l2_mean': mean(finite, 'l2'),
