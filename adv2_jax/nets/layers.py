@@ -9,7 +9,6 @@ as what runs fast there, mostly matrix products; on other platforms it stays XLA
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,14 +104,17 @@ def _xla(x, k, stride, padding, dilate_x=(1, 1), dilate_k=(1, 1)) -> jax.Array:
 
 
 def _forward_cpu(shape: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
-  if shape.window == (1, 1) and not shape.padding:
-    return _matmul(x[:, :: shape.stride, :: shape.stride], k[0, 0])
-  if shape.stride == 1:
-    return _correlate(x, k, [(shape.padding,) * 2] * 2)
-  _, _, c, f = k.shape
-  if not _pays(c, f, _size(shape) * len(x) * c):
-    return _plain(shape, x, k)
-  return _gather(x, k, shape.stride, [(shape.padding,) * 2] * 2)
+  (kh, kw, c, f), s, p = k.shape, shape.stride, shape.padding
+  if (kh, kw) == (1, 1) and not p:
+    return _matmul(x[:, ::s, ::s], k[0, 0], 0)
+  ends = [(p, p)] * 2
+  pixels = x.size // c
+  # Scattering needs a transposed kernel: little work only where pixels are many.
+  if s == 1 and f <= c and pixels >= 32 * c and _pays(c, pixels * kh * kw * f):
+    return _scatter(x, k[::-1, ::-1].swapaxes(2, 3), 1, ends)
+  if _pays(min(c, f), pixels // s**2 * kh * kw * c):
+    return _gather(x, k, s, ends)
+  return _plain(shape, x, k)
 
 
 def _by_input_cpu(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
@@ -122,12 +124,9 @@ def _by_input_cpu(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
     (n - 1 - p, size + p - (m - 1) * s - 1)
     for n, size, m in zip(shape.window, shape.image, g.shape[1:3], strict=True)
   ]
-  flipped = k[::-1, ::-1].swapaxes(2, 3)
-  if s == 1:
-    return _correlate(g, flipped, ends)
-  if (kh, kw) == (1, 1) or _pays(c, f, kh * kw * g.size // f * c):
-    return _scatter(g, flipped, s, ends)
-  return _xla(g, flipped, (1, 1), ends, dilate_x=(s, s))
+  if (kh, kw) == (1, 1) or _pays(f, g.size // f * kh * kw * c):
+    return _scatter(g, k, s, ends)
+  return _xla(g, k[::-1, ::-1].swapaxes(2, 3), (1, 1), ends, dilate_x=(s, s))
 
 
 def _by_kernel_cpu(shape: Geometry, x: jax.Array, g: jax.Array) -> jax.Array:
@@ -144,26 +143,9 @@ def _by_kernel_cpu(shape: Geometry, x: jax.Array, g: jax.Array) -> jax.Array:
   return k.transpose(1, 2, 0, 3)
 
 
-def _size(shape: Geometry) -> int:
-  """Number of outputs per example, times the taps of the window."""
-  outputs = [
-    (size + 2 * shape.padding - n) // shape.stride + 1
-    for n, size in zip(shape.window, shape.image, strict=True)
-  ]
-  return math.prod(outputs) * math.prod(shape.window)
-
-
-def _pays(c: int, f: int, columns: int) -> bool:
-  """Whether writing out `columns` numbers is little beside the products made of them."""
-  return (max(c, f) >= 32 or min(c, f) <= 4) and columns <= _MAX_COLUMNS
-
-
-def _correlate(x: jax.Array, k: jax.Array, ends: list[tuple[int, int]]) -> jax.Array:
-  """Correlation of stride 1 with x padded by `ends`: matrix products on the narrower side."""
-  kh, kw, c, f = k.shape
-  if not _pays(c, f, kh * kw * x.size // c * min(c, f)):
-    return _xla(x, k, (1, 1), ends)
-  return _scatter(x, k, 1, ends) if f <= c else _gather(x, k, 1, ends)
+def _pays(depth: int, columns: int) -> bool:
+  """Whether a product over `depth` channels outweighs writing its `columns` numbers to memory."""
+  return depth >= 32 and columns <= _MAX_COLUMNS
 
 
 def _gather(x: jax.Array, k: jax.Array, stride: int, ends: list[tuple[int, int]]) -> jax.Array:
@@ -176,20 +158,24 @@ def _gather(x: jax.Array, k: jax.Array, stride: int, ends: list[tuple[int, int]]
     for i in range(kh)
     for j in range(kw)
   ]
-  return _matmul(jnp.concatenate(taps, axis=-1), k.reshape(kh * kw * c, f))
+  return _matmul(jnp.concatenate(taps, axis=-1), k.reshape(kh * kw * c, f), 0)
 
 
 def _scatter(x: jax.Array, k: jax.Array, spread: int, ends: list[tuple[int, int]]) -> jax.Array:
-  """One product for all taps, then their sum, each shifted to its place; x spread, then padded."""
-  kh, kw, c, f = k.shape
+  """One product for all taps, then their sum, each shifted to its place.
+
+  The convolution (with a flipped window) of x [B,h,w,C], its pixels spread apart and padded by
+  `ends`, with k [kh,kw,F,C].
+  """
+  kh, kw, f, c = k.shape
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  taps = _matmul(x, k.transpose(2, 0, 1, 3).reshape(c, kh * kw * f), wide)
+  taps = _matmul(x, k.reshape(kh * kw * f, c), 1, wide)
   zero = jnp.zeros((), wide)
 
   def place(i: int, j: int) -> jax.Array:
     tap = taps[..., (i * kw + j) * f :][..., :f]
     rows, columns = (
-      (low - at, high - (n - 1 - at), spread - 1)
+      (low - (n - 1 - at), high - at, spread - 1)
       for (low, high), n, at in zip(ends, (kh, kw), (i, j), strict=True)
     )
     return lax.pad(tap, zero, [(0, 0, 0), rows, columns, (0, 0, 0)])
@@ -197,8 +183,9 @@ def _scatter(x: jax.Array, k: jax.Array, spread: int, ends: list[tuple[int, int]
   return sum(place(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
 
 
-def _matmul(x: jax.Array, k: jax.Array, dtype: Any = None) -> jax.Array:
-  return lax.dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+def _matmul(x: jax.Array, k: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
+  """x [...,C] times k along its `axis`."""
+  return lax.dot_general(x, k, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=dtype)
 
 
 # --- layers ---------------------------------------------------------------------------------------
