@@ -159,6 +159,14 @@ def _known(values: Sequence[float | None]) -> bool:
   return any(v is not None for v in values)
 
 
+def figure_of(row: Mapping[str, Any], field: str) -> Any:
+  """A figure of the table; of images nobody attacked over all of them, for want of successes."""
+  value = row.get(field)
+  if value is None and row['attack'] in ('benign', 'other'):
+    return row.get(f'{field}_all')
+  return value
+
+
 def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
   """Map L1 and IoU to the target map per interpreter: another image, PGD, ADV² side by side."""
   interpreters = list(dict.fromkeys(row['interpreter'] for row in rows))
@@ -169,7 +177,7 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
   for axis, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
     width = 0.8 / max(1, len(attacks))
     for k, attack in enumerate(attacks):
-      heights = {r['interpreter']: r.get(field) for r in rows if r['attack'] == attack}
+      heights = {r['interpreter']: figure_of(r, field) for r in rows if r['attack'] == attack}
       for i, interpreter in enumerate(interpreters):
         height = heights.get(interpreter)
         if height is None:

@@ -9,7 +9,7 @@ import csv
 import html
 import io
 import json
-import math
+
 import os
 import pathlib
 import re
@@ -189,7 +189,7 @@ def _seen(results: Results, attack: str, interpreter: str, i: int) -> str:
   """The class that is predicted, with p(target)."""
   example = results.examples.get((attack, interpreter, i), {})
   name, p = results.class_name(example.get('prediction')), example.get('confidence')
-  if p is None:
+  if p is None or attack == 'benign':
     return name
   hit = example.get('prediction') == example.get('target')
   return f'{name} {p:.0%}' if hit else f'{name} (target {p:.0%})'
@@ -269,9 +269,8 @@ _TABLE = (
     'asr',
     'success',
     _share,
-    'Share of images that the real classifier, given the saved 8-bit file, takes for the '
-    'target class (for benign and other images: for their own class). Below it the 95 % '
-    'interval (Wilson).',
+    'Share of images that the real classifier, given the saved 8-bit file, takes for the target '
+    'class. Below it the 95 % interval (Wilson).',
   ),
   _Column(
     'mc',
@@ -451,7 +450,9 @@ def _cards(results: Results) -> Iterator[str]:
 
 def _table(results: Results) -> str:
   # What must be 0 is a sentence while it is, and a column when it is not.
-  shown = [c for c in _TABLE if any(r.get(c.field) is not None for r in results.rows)]
+  shown = [
+    c for c in _TABLE if any(figures.figure_of(r, c.field) is not None for r in results.rows)
+  ]
   columns = [c for c in shown if c.field not in _ZERO or any(r.get(c.field) for r in results.rows)]
   sound = ''.join(f' {_ZERO[c.field]}' for c in shown if c not in columns)
   head = ''.join(f'<th title="{_e(c.meaning)}">{_e(c.title)}</th>' for c in columns)
@@ -470,15 +471,16 @@ def _table(results: Results) -> str:
   return (
     f'<div class="scroll"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
-    '<p class="note">Map figures are means over the successes; those over all images are in '
+    '<p class="note">Map figures are means over the successes, of images nobody attacked '
+    'over all; those over all images are in '
     f'<a href="metrics.json">metrics.json</a>.{sound}</p>'
     f'<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>'
   )
 
 
 def _cell(column: _Column, row: Mapping[str, Any]) -> str:
-  value = row.get(column.field)
-  if value is None or (isinstance(value, float) and not math.isfinite(value)):
+  value = figures.figure_of(row, column.field)
+  if value is None:
     return '–'
   text = _e(column.form(value))
   interval = row.get('asr_ci95')
