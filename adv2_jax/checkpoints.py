@@ -41,7 +41,6 @@ Tensors = dict[str, np.ndarray]
 Path = tuple[str, ...]
 
 CARD_FIELDS = ('model', 'num_classes', 'mean', 'std', 'accuracy', 'command', 'sha256')
-HEADS = ('fc.weight', 'classifier.weight', 'linear.weight')  # [K,F], by family of nets
 PICKLES = ('.pth', '.pt', '.th', '.pkl', '.pickle', '.bin', '.ckpt', '.tar')
 SOURCES = (
   'a built-in name, FILE.npz, FILE.safetensors, an orbax directory or hf://owner/name[/FILE]'
@@ -103,7 +102,8 @@ def from_tensors(template: PyTree, tensors: Mapping[str, np.ndarray], source: st
       continue
     found = identify(tensors)
     if found:
-      remedy = f'these are the weights of {found} with {_num_classes(tensors)} classes'
+      classes = _num_classes(tensors, nets.DEFAULTS[found].head)
+      remedy = f'these are the weights of {found} with {classes} classes'
     else:
       remedy = 'no net of the zoo fits them; give the complete weights of the chosen model'
     raise InputError(f'{source}: {problem}; {remedy}')
@@ -125,9 +125,11 @@ def load_variables(
 def identify(tensors: Mapping[str, np.ndarray]) -> str | None:
   """The zoo's net that has exactly these names and shapes, or None."""
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  classes = _num_classes(tensors)
-  fits = (name for name in nets.ZOO if classes and _zoo_shapes(name, classes) == shapes)
-  return next(fits, None)
+  for name, defaults in nets.DEFAULTS.items():
+    classes = _num_classes(tensors, defaults.head)
+    if classes and _zoo_shapes(name, classes) == shapes:
+      return name
+  return None
 
 
 @functools.cache
@@ -135,8 +137,9 @@ def _zoo_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
   return tensor_shapes(_template(nets.build(name, num_classes=num_classes)))
 
 
-def _num_classes(tensors: Mapping[str, np.ndarray]) -> int | None:
-  return next((tensors[name].shape[0] for name in HEADS if np.ndim(tensors.get(name)) == 2), None)
+def _num_classes(tensors: Mapping[str, np.ndarray], head: str) -> int | None:
+  weight = tensors.get(f'{head}.weight')
+  return weight.shape[0] if weight is not None and weight.ndim == 2 else None
 
 
 def _template(module: nn.Module) -> PyTree:
@@ -274,15 +277,25 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
 def _read_orbax(path: pathlib.Path) -> PyTree:
   import orbax.checkpoint.experimental.v1 as ocp  # slow to import, and the only import of it
 
+  wanted = ('params', 'batch_stats')
   try:
-    # Asking for NumPy leaves makes loading independent of the devices that wrote the checkpoint.
-    shapes = ocp.metadata(path.absolute()).metadata
-    tree = ocp.load(path.absolute(), jax.tree.map(lambda a: np.empty(a.shape, a.dtype), shapes))
+    tree = ocp.metadata(path.absolute()).metadata
+    if 'params' in tree:
+      # Asking for NumPy leaves makes loading independent of the devices that wrote the checkpoint.
+      leaves = {
+        name: (lambda a: np.empty(a.shape, a.dtype))
+        if name in wanted
+        else (lambda _: ocp.PLACEHOLDER)
+        for name in tree
+      }
+      tree = ocp.load(
+        path.absolute(), {name: jax.tree.map(leaves[name], tree[name]) for name in tree}
+      )
   except Exception as e:  # orbax documents no exception types; whatever it says becomes one line
     raise _broken(path, 'an orbax checkpoint', e) from e
-  if not isinstance(tree, Mapping) or 'params' not in tree:
+  if 'params' not in tree:
     raise InputError(f'{path}: the checkpoint has no "params"; save {{params, batch_stats}}')
-  return {name: tree[name] for name in ('params', 'batch_stats') if name in tree}
+  return {name: tree[name] for name in wanted if name in tree}
 
 
 def _download(source: str) -> pathlib.Path:
@@ -419,7 +432,8 @@ def load_classifier(
   mean = _per_channel('mean', card.get('mean', IMAGENET_MEAN) if mean is None else mean)
   std = _per_channel('std', card.get('std', IMAGENET_STD) if std is None else std)
   tensors = read_tensors(path)
-  num_classes = num_classes or _num_classes(tensors) or nets.DEFAULTS[name].num_classes
+  defaults = nets.DEFAULTS[name]
+  num_classes = num_classes or _num_classes(tensors, defaults.head) or defaults.num_classes
   module, classifier = _empty_classifier(name, num_classes, mean, std, dtype_name)
   return classifier.replace(params=load_variables(module, tensors, f'{weights} as {name}'))
 

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import PARITY, shared_data
 from flax import traverse_util
@@ -95,8 +96,11 @@ modules = st.from_regex(r'\A[a-z]{1,6}(\.?[0-9])?\Z').filter(lambda name: name !
 arrays = st.lists(st.integers(1, 4), min_size=4, max_size=4)
 
 
-@given(st.dictionaries(st.lists(modules, min_size=1, max_size=3).map(tuple), arrays, min_size=1))
-@settings(max_examples=40, deadline=None)
+paths = st.lists(modules, min_size=1, max_size=3).map(tuple)
+
+
+@given(st.dictionaries(paths, arrays, min_size=1, max_size=5))
+@settings(max_examples=20, deadline=None)
 def test_names_and_layouts_round_trip(layers):
   """Any tree of convolutions, dense layers and norms comes back from its tensors as it was."""
   flat, count = {}, iter(range(10**6))
@@ -156,10 +160,22 @@ def write_safetensors(path, tensors, variables):
 def write_orbax(path, tensors, variables):
   import orbax.checkpoint.experimental.v1 as ocp
 
-  ocp.save(path, {**variables, 'step': np.int32(7)})
+  ocp.save(path, {**variables, 'step': 7, 'opt_state': optax.adam(0.1).init(variables)})
 
 
-FORMATS = [('w.npz', write_npz), ('w.safetensors', write_safetensors), ('w', write_orbax)]
+def write_older_orbax(path, tensors, variables):
+  import orbax.checkpoint
+
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, variables)
+
+
+FORMATS = [
+  ('w.npz', write_npz),
+  ('w.safetensors', write_safetensors),
+  ('v1', write_orbax),
+  ('v0', write_older_orbax),
+]
 
 
 @pytest.mark.parametrize(('name', 'write'), FORMATS)
@@ -265,10 +281,11 @@ def test_built_in_weights_are_loaded_with_their_card(builtin, variables):
   jax.tree.map(np.testing.assert_array_equal, classifier.params, variables)
   x = np.random.RandomState(0).rand(2, 64, 64, 3).astype(np.float32)
   mean, std = (np.float32(CARD[field]).reshape(1, 1, 1, 3) for field in ('mean', 'std'))
-  expected = nets.build('scene_resnet').apply(variables, (x - mean) / std)
-  np.testing.assert_allclose(classifier(x).logits, expected.logits, rtol=1e-4, atol=1e-4)
-  other = load_classifier(mean=(0.1, 0.2, 0.3))(x).logits
-  assert np.abs(other - expected.logits).max() > 1e-2
+  bare = load_classifier(mean=(0, 0, 0), std=(1, 1, 1))
+  logits = jax.jit(lambda classifier, x: classifier(x).logits)
+  np.testing.assert_allclose(
+    logits(classifier, x), logits(bare, (x - mean) / std), rtol=1e-4, atol=1e-4
+  )
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, variables):
@@ -323,12 +340,11 @@ def test_shipped_weights_load_and_are_small(name):
 # --- files that are wrong -------------------------------------------------------------------------
 
 
-def test_the_first_wrong_tensor_is_named(tensors):
-  module = nets.build('scene_resnet')
+def test_the_first_wrong_tensor_is_named(tensors, variables):
   some = 'layer2.0.conv1.weight'
 
   def message(changed):
-    return refusal(load_variables, module, changed, 'w.npz')
+    return refusal(checkpoints.from_tensors, variables, changed, 'w.npz')
 
   assert message(without(tensors, some)).startswith(
     f"w.npz: tensor '{some}' [32, 16, 3, 3] is missing"
@@ -359,9 +375,8 @@ def test_another_architecture_is_recognised(name):
 def test_the_number_of_classes_is_the_head_s(tmp_path):
   made = numpy_weights(zoo_shapes('scene_resnet', num_classes=4), seed=1)
   np.savez(tmp_path / 'w.npz', **made)
-  assert load_classifier('scene_resnet', tmp_path / 'w.npz').head(jnp.ones((1, 8, 8, 96))).shape[
-    1
-  ] == (4)
+  classifier = load_classifier('scene_resnet', tmp_path / 'w.npz')
+  assert classifier.head(jnp.ones((1, 8, 8, 96))).shape == (1, 4)
   message = refusal(load_classifier, 'scene_resnet', tmp_path / 'w.npz', num_classes=10)
   assert "'fc.bias' has shape [4], expected [10]" in message
   assert 'scene_resnet with 4 classes' in message
@@ -393,10 +408,12 @@ def test_damaged_orbax_directories_are_refused(tmp_path, tensors, variables):
   (tmp_path / 'not_orbax').mkdir()
   assert 'not an orbax checkpoint' in refusal(read_tensors, tmp_path / 'not_orbax')
   write_orbax(tmp_path / 'w', tensors, variables)
-  for data in tmp_path.glob('w/*/d'):
-    shutil.rmtree(data)
+  data = [*tmp_path.glob('w/*/d')]
+  assert data
+  for folder in data:
+    shutil.rmtree(folder)
   assert 'not an orbax checkpoint' in refusal(read_tensors, tmp_path / 'w')
-  write_orbax(tmp_path / 'other', tensors, {'weights': np.ones(2)})
+  write_orbax(tmp_path / 'other', tensors, {'weights': np.ones(2, np.float32)})
   assert 'no "params"' in refusal(read_tensors, tmp_path / 'other')
 
 
@@ -454,26 +471,25 @@ def test_loading_again_traces_nothing_anew(tmp_path, tensors):
   traces = []
 
   @jax.jit
-  def logits(classifier, x):
+  def head(classifier, features):
     traces.append(None)
-    return classifier(x).logits
+    return classifier.head(features)
 
-  x = jnp.zeros((1, 64, 64, 3))
+  features = jnp.ones((1, 8, 8, 96))
   for _ in range(2):
-    logits(load_classifier(weights=tmp_path / 'w.npz'), x)
+    head(load_classifier(weights=tmp_path / 'w.npz'), features)
   assert len(traces) == 1
-  logits(load_classifier(weights=tmp_path / 'w.npz', mean=(0.5, 0.5, 0.5)), x)
+  head(load_classifier(weights=tmp_path / 'w.npz', mean=(0.5, 0.5, 0.5)), features)
   assert len(traces) == 2
 
 
-def test_load_classifier_in_bfloat16(tmp_path, tensors):
+@pytest.mark.parametrize('dtype', [None, 'float32', 'bfloat16', jnp.bfloat16])
+def test_load_classifier_computes_in_the_dtype_asked_for(tmp_path, tensors, dtype):
   np.savez(tmp_path / 'w.npz', **tensors)
-  x = np.random.RandomState(0).rand(4, 64, 64, 3).astype(np.float32)
-  full, half = (load_classifier(weights=tmp_path / 'w.npz', dtype=d)(x) for d in (None, 'bfloat16'))
-  assert half.taps['features'].dtype == jnp.bfloat16
-  assert half.logits.dtype == jnp.float32
-  error = np.abs(half.logits - full.logits).max() / np.abs(full.logits).max()
-  assert 0 < error < 0.03
+  classifier = load_classifier(weights=tmp_path / 'w.npz', dtype=dtype)
+  out = jax.eval_shape(classifier, jnp.zeros((1, 64, 64, 3)))
+  assert out.taps['features'].dtype == jnp.dtype(dtype or jnp.float32)
+  assert out.logits.dtype == jnp.float32
 
 
 # --- experiments.convert --------------------------------------------------------------------------
@@ -536,7 +552,10 @@ def test_convert_s_exit_codes(tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(('name', 'right'), [('cifar_resnet20', 179), ('cifar_resnet56', 182)])
+@pytest.mark.parametrize(
+  ('name', 'right'),
+  [('cifar_resnet20', 179), pytest.param('cifar_resnet56', 182, marks=pytest.mark.slow)],
+)
 def test_published_cifar_weights_classify(name, right):
   """As many right as the same nets get in torch on these 199 images."""
   data = np.load(shared_data('cifar10_lossless_199.npz'))
@@ -547,7 +566,7 @@ def test_published_cifar_weights_classify(name, right):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize('name', ['resnet18', pytest.param('resnet50', marks=pytest.mark.slow)])
 def test_published_imagenet_weights_classify(name):
   """Top-1 is 65 to 68 %: 16 photographs leave no doubt about a wrong layout or normalisation."""
   import io

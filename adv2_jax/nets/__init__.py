@@ -21,10 +21,17 @@ __all__ = ['DEFAULTS', 'ZOO', 'NetDefaults', 'build', 'soft_relu']
 
 
 class NetDefaults(NamedTuple):
-  """What a net was designed for: number of classes, and image side in pixels."""
+  """What a net was designed for.
+
+  Attributes:
+    num_classes: K.
+    image_size: side in pixels.
+    head: name of its last layer, as in its checkpoints.
+  """
 
   num_classes: int
   image_size: int
+  head: str
 
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
@@ -40,11 +47,15 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 }
 
 DEFAULTS: dict[str, NetDefaults] = {
-  name: NetDefaults(1000, 224) for name in ZOO if name.startswith(('resnet', 'densenet'))
-} | {
-  'cifar_resnet20': NetDefaults(10, 32),
-  'cifar_resnet56': NetDefaults(10, 32),
-  'scene_resnet': NetDefaults(10, 64),
+  'resnet18': NetDefaults(1000, 224, 'fc'),
+  'resnet34': NetDefaults(1000, 224, 'fc'),
+  'resnet50': NetDefaults(1000, 224, 'fc'),
+  'resnet101': NetDefaults(1000, 224, 'fc'),
+  'densenet121': NetDefaults(1000, 224, 'classifier'),
+  'densenet169': NetDefaults(1000, 224, 'classifier'),
+  'cifar_resnet20': NetDefaults(10, 32, 'linear'),
+  'cifar_resnet56': NetDefaults(10, 32, 'linear'),
+  'scene_resnet': NetDefaults(10, 64, 'fc'),
 }
 
 
