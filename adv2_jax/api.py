@@ -200,13 +200,13 @@ def attack(
   if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   target_map = validate.target_map(target_map, shapes[1].shape)
-  recipe = preset
-  if isinstance(preset, str):
-    recipe = presets.by_name(preset, interpreter.name, steps_s2=steps)
+  named = isinstance(preset, str)
+  recipe = presets.by_name(preset, interpreter.name, steps_s2=steps) if named else preset
   ids = jnp.arange(len(x), dtype=jnp.int32)
   batch = Batch(ids, x, target, target_map, jnp.ones(len(x), bool))
   x8, history = attack_batch(recipe, clf, interpreter, batch, epsilon, key)
-  return AttackResult(x8, *_judge(clf, interpreter, batch, x8, keys), history)
+  logits, maps, hit, terms = _judge(clf, interpreter, batch, x8, keys)
+  return AttackResult(x8, logits, maps, hit, terms, history)
 
 
 def _zeros(x: Image) -> Label:

@@ -118,8 +118,8 @@ def adv2(
     delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
     done = state.done | stop(batch, snapshot)
     held = (state.delta, state.opt_state, state.carry)
-    moved = where(done, held, (delta, opt_state, carry))
-    return AttackState(*moved, done, state.step + 1), snapshot
+    delta, opt_state, carry = where(done, held, (delta, opt_state, carry))
+    return AttackState(delta, opt_state, carry, done, state.step + 1), snapshot
 
   return Attack(init, step, lambda _, state: state.delta, (interpreter.passes[1], 0))
 

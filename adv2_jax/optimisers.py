@@ -12,7 +12,7 @@ from adv2_jax.types import Array, PyTree
 class TorchAmsgradState(NamedTuple):
   """Step count, first and second moments, and the running maximum of the raw second moment."""
 
-  count: Array
+  step: Array
   mu: PyTree
   nu: PyTree
   nu_max: PyTree
@@ -35,15 +35,15 @@ def torch_amsgrad(
     grads: PyTree, state: TorchAmsgradState, params: PyTree = None
   ) -> tuple[PyTree, TorchAmsgradState]:
     del params
-    count = state.count + 1
+    step = state.step + 1
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment(grads, state.nu, b2, 2)
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
-    m_scale, v_scale = 1 - b1**count, jnp.sqrt(1 - b2**count)
+    m_scale, v_scale = 1 - b1**step, jnp.sqrt(1 - b2**step)
     updates = jax.tree.map(
       lambda m, v: -learning_rate * (m / m_scale) / (jnp.sqrt(v) / v_scale + eps), mu, nu_max
     )
-    return updates, TorchAmsgradState(count, mu, nu, nu_max)
+    return updates, TorchAmsgradState(step, mu, nu, nu_max)
 
   return optax.GradientTransformation(init, update)
 

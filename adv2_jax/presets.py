@@ -149,7 +149,7 @@ def fast(name: str, steps: int | None = None) -> Recipe:
   the one with the closest map among those surely predicted as the target, is the image delivered.
   """
   settings = FAST.get(name, FAST['cam'])
-  n = settings['steps'] if steps is None else steps
+  n = settings.steps if steps is None else steps
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
@@ -159,22 +159,27 @@ def fast(name: str, steps: int | None = None) -> Recipe:
       interpreter,
       perturbation,
       optimisers.sign_momentum(optax.cosine_decay_schedule(4 / 255, n), 0.75),
-      weight=settings['weight'],
+      weight=settings.weight,
       key=key,
       prediction=losses.hinged(losses.log_odds, -4.0),
       distance=losses.map_mse,
     )
     score = closest_map(clf, interpreter, key, max_log_odds=-3.0)
     passes = 0 if interpreter.exact else interpreter.passes[0]
-    return staged((track_best(attack, score, every=settings['every'], passes=passes), n))
+    return staged((track_best(attack, score, every=settings.every, passes=passes), n))
 
   return Recipe(functools.partial(linf_ball, levels=255), schedule)
 
 
-FAST = {
-  'cam': {'steps': 50, 'weight': 10.0, 'every': 1},
-  'grad': {'steps': 100, 'weight': 10.0, 'every': 5},
-}
+class Fast(NamedTuple):
+  """Settings of `fast` for an interpreter: steps, λ, and how often an inexact map is checked."""
+
+  steps: int
+  weight: float
+  every: int = 1
+
+
+FAST = {'cam': Fast(50, 10.0), 'grad': Fast(100, 10.0, every=5)}
 
 
 def by_name(

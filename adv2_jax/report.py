@@ -9,7 +9,6 @@ import csv
 import html
 import io
 import json
-
 import os
 import pathlib
 import re

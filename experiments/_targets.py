@@ -61,7 +61,7 @@ def _in_range(target: int, num_classes: int, where: str) -> int:
   return target
 
 
-def random_patch(seed: int, i: int, shape: tuple[int, int]) -> np.ndarray:
+def random_patch(seed: int, i: int, shape: tuple[int, ...]) -> np.ndarray:
   """A circle or a rotated box at a random place, f32[h,w] of 0 and 1; 10–30 % of the area."""
   rng = np.random.default_rng([seed, i])
   h, w = shape

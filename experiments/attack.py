@@ -68,7 +68,7 @@ class Shard(NamedTuple):
   batch: Batch  # without a target map: that depends on the interpreter
   label: Array
   keys: Key
-  mask: Array | None
+  mask: np.ndarray | None
 
 
 def load(config: dict[str, Any]) -> Setup:
@@ -145,8 +145,8 @@ def select(setup: Setup) -> Examples:
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
     donors = [_donor(setup, target) for target in targets]
-  id_, target, other, donor = (np.array(v, np.int32) for v in (chosen, targets, others, donors))
-  return Examples(id_, true[id_], target, other, donor, seen - len(id_))
+  columns = [np.array(v, np.int32) for v in (chosen, true[chosen], targets, others, donors)]
+  return Examples(*columns, num_skipped=seen - len(chosen))
 
 
 def _next(ids: list[int], i: int) -> int:
@@ -230,9 +230,9 @@ class Stopwatch:
     self.compiling = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **_: Any) -> None:
+  def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
     if event.startswith('/jax/core/compile/'):
-      self.compiling += seconds
+      self.compiling += duration_secs
 
   def start(self) -> tuple[float, float]:
     """A moment to measure from."""

@@ -10,7 +10,7 @@ and a CIFAR-10 net is made by
 
     python -m experiments.train --model cifar_resnet20 --dataset packed \
       --data_path cifar10_train.npz --test_path cifar10_test.npz \
-      --batch_size 128 --epochs 20 --learning_rate 0.4 --label_smoothing 0
+      --batch_size 128 --epochs 20 --learning_rate 0.2 --label_smoothing 0
 """
 
 import csv
