@@ -26,20 +26,24 @@ def _pools_globally(
   Made-up, because the true ones may be tracers; a head that pools globally does so with any.
   """
   with jax.ensure_compile_time_eval():
-    made_up = [
-      jnp.asarray(np.resize(np.cos(np.arange(1, 8192)), shape).astype(dtype))
-      for shape, dtype in leaves
-    ]
-    params = jax.tree.unflatten(treedef, made_up)
+    params = jax.tree.unflatten(treedef, [_made_up(*leaf) for leaf in leaves])
     features = np.resize(1 + np.sin(np.arange(1, 4097)), (1, *feature_shape)).astype(np.float32)
     g = jax.grad(lambda a: head_fn(params, a)[0, 0])(jnp.asarray(features))
   g = np.asarray(g, np.float64)
   return bool(np.abs(g - g.mean(axis=(1, 2), keepdims=True)).max() <= 1e-4 * np.abs(g).max())
 
 
+def _made_up(shape: tuple[int, ...], dtype: Any) -> Array:
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):  # NNX keeps those of its dropout
+    return jnp.broadcast_to(jax.random.key(0), shape)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return jnp.zeros(shape, dtype)
+  return jnp.asarray(np.resize(np.cos(np.arange(1, 8192)), shape), dtype)
+
+
 def _require_global_pooling(clf: Any, features: Array) -> None:
   leaves, treedef = jax.tree.flatten(clf.params)
-  shapes = tuple((tuple(np.shape(v)), str(jnp.result_type(v))) for v in leaves)
+  shapes = tuple((np.shape(v), jnp.result_type(v)) for v in leaves)
   if not _pools_globally(clf.head_fn, treedef, shapes, features.shape[1:]):
     raise InputError(
       'CAM needs a head that averages the features over all places (global average pooling) '
