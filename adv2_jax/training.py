@@ -305,7 +305,8 @@ def fit(
             f'training diverged at step {step}, loss {row["loss"]:.3g}: lower --learning_rate and '
             'start again in a new --workdir'
           )
-        row['images_per_second'] = images / (time.perf_counter() - since)
+        row['seconds'] = time.perf_counter() - since
+        row['images_per_second'] = images / row['seconds']
         images, since = 0, time.perf_counter()
         log({'step': step, **row})
         bar.set_postfix(

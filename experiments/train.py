@@ -19,15 +19,15 @@ import os
 import platform
 import shlex
 import sys
-import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import app, flags
 
-from adv2_jax import checkpoints, data, nets, store, training
+from adv2_jax import checkpoints, data, images, interpreters, metrics, nets, store, training
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import InputError
 from experiments import _train_flags
@@ -59,33 +59,35 @@ def in_memory(dataset: data.Dataset, ids: np.ndarray, description: str) -> Array
   return Arrays(image, dataset.labels[ids], f'{description}, {len(ids)} images')
 
 
-def load_data() -> tuple[Arrays, Arrays, data.Dataset]:
-  """Training and held-out images, and the data set they come from."""
+class Opened(NamedTuple):
+  """A data set, and which of its examples to use."""
+
+  dataset: data.Dataset
+  ids: np.ndarray
+
+  def decode(self, what: str) -> Arrays:
+    """All images; raises InputError for a damaged one."""
+    seed = ' (seed 0)' if self.dataset.name == 'scenes' else ''
+    return in_memory(self.dataset, self.ids, f'{self.dataset.name} {what}{seed}')
+
+
+def open_data() -> tuple[Opened, Opened]:
+  """Training and held-out data, opened and checked but not decoded."""
   name, limit = FLAGS.dataset, FLAGS.num_examples
   if name == 'scenes':
     train = data.scenes('train', limit or NUM_SCENES, image_size=FLAGS.image_size)
     test = data.scenes('test', image_size=FLAGS.image_size)
-    return (
-      in_memory(train, train.ids, 'scenes train (seed 0)'),
-      in_memory(test, test.ids, 'scenes test (seed 0)'),
-      train,
-    )
+    return Opened(train, train.ids), Opened(test, test.ids)
   options = {'image_size': FLAGS.image_size, 'label_key': FLAGS.label_key}
   split = 'train' if name in data.TFDS else None
   train = data.load(name, FLAGS.data_path, split=split, **options)
   if FLAGS.test_path or split:
     test = data.load(name, FLAGS.test_path or FLAGS.data_path, **options)
-    train_ids, test_ids = train.ids[:limit], test.ids
-  else:
-    test, ids = train, train.ids[:limit]
-    held_out = np.random.default_rng(0).permutation(len(ids)) < max(1, len(ids) // 10)
-    train_ids, test_ids = ids[~held_out], ids[held_out]
-  test.check_classes(train.num_classes)
-  return (
-    in_memory(train, train_ids, f'{name} train'),
-    in_memory(test, test_ids, f'{name} held out'),
-    train,
-  )
+    test.check_classes(train.num_classes)
+    return Opened(train, train.ids[:limit]), Opened(test, test.ids)
+  ids = train.ids[:limit]
+  held_out = np.random.default_rng(0).permutation(len(ids)) < max(1, len(ids) // 10)
+  return Opened(train, ids[~held_out]), Opened(train, ids[held_out])
 
 
 def linear_baseline(train: Arrays, test: Arrays) -> float | None:
@@ -119,6 +121,27 @@ def pixels_and_histogram(image: np.ndarray, cells: int = 16, bins: int = 16) -> 
   return np.concatenate([blocks.reshape(n, -1), histogram.reshape(n, -1), mean], axis=1)
 
 
+def pointing_game(weights: str, dataset: data.Dataset, n: int = 500) -> dict[str, float]:
+  """Interpreter -> share of maps (of the true class) whose maximum lies on the object.
+
+  Beside them, as `chance`, the share that a random pixel would score.
+  """
+  clf = checkpoints.load_classifier(FLAGS.model, weights)
+  masks = np.stack([np.asarray(dataset.mask(i)) for i in range(n)])
+  batches = [np.arange(start, start + 50) for start in range(0, n, 50)]
+  scores = {'chance': float(masks.mean())}
+  for name in interpreters.FACTORIES:
+    interpreter = interpreters.build(name, masks.shape[1])
+    explain = jax.jit(interpreter.explain)
+    hits = []
+    for ids in batches:
+      x, keys = images.from_uint8(dataset.images(ids)), metrics.judge_keys(0, ids)
+      maps = explain(clf, x, dataset.labels[ids], keys)
+      hits.append(metrics.pointing_game(maps, jnp.asarray(masks[ids])))
+    scores[name] = float(np.mean(hits))
+  return scores
+
+
 def normalisation(text: list[str] | None, default: tuple[float, ...]) -> tuple[float, ...]:
   """Three numbers of a flag, or the default."""
   try:
@@ -134,14 +157,15 @@ def train_classifier() -> None:
   """Trains, evaluates on held-out images and writes weights and card."""
   mean, std = normalisation(FLAGS.mean, IMAGENET_MEAN), normalisation(FLAGS.std, IMAGENET_STD)
   module = nets.build(FLAGS.model)  # An unknown name is told before anything is decoded.
-  started = time.time()
+  train_data, test_data = open_data()
   config = {flag.name: flag.value for flag in _train_flags.all_flags()}
   # batch_size is free for attacks, whose results do not depend on it; for training it counts.
   config['images_per_step'] = FLAGS.batch_size
   workdir = store.Workdir.create(
     FLAGS.workdir or f'runs/train-{FLAGS.task}-{FLAGS.model}', config, FLAGS.resume
   ).path
-  train, test, dataset = load_data()
+  train, test = train_data.decode('train'), test_data.decode('held out')
+  dataset = train_data.dataset
   module = nets.build(FLAGS.model, num_classes=dataset.num_classes)
 
   batch_at = training.shuffled(train.image, train.label, FLAGS.batch_size, FLAGS.seed)
@@ -163,7 +187,7 @@ def train_classifier() -> None:
     module, tx, mean=mean, std=std, augment=augment, label_smoothing=FLAGS.label_smoothing
   )
   evaluate = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
-  columns = ('step', 'loss', 'accuracy', 'images_per_second', 'held_out_accuracy')
+  columns = ('step', 'loss', 'accuracy', 'seconds', 'images_per_second', 'held_out_accuracy')
   log_path = workdir / 'log.csv'
   with log_path.open('a', newline='', buffering=1) as file:
     writer = csv.DictWriter(file, columns, restval='')
@@ -174,6 +198,9 @@ def train_classifier() -> None:
       evaluate=evaluate, evaluate_every=per_epoch, log=writer.writerow,
     )  # fmt: skip
 
+  with log_path.open(newline='') as file:
+    seconds = sum(float(row['seconds'] or 0) for row in csv.DictReader(file))
+  arguments = [a for a in sys.argv[1:] if a.lstrip('-') != 'resume']
   # The accuracy on the card is that of the file: written, read back and evaluated.
   weights = workdir / f'{FLAGS.model}.safetensors'
   card: dict[str, Any] = {
@@ -182,19 +209,21 @@ def train_classifier() -> None:
     'mean': mean,
     'std': std,
     'accuracy': None,
-    'command': f'python -m experiments.train {shlex.join(sys.argv[1:])}',
+    'command': shlex.join(['python', '-m', 'experiments.train', *arguments]),
     'data': {'train': train.description, 'held_out': test.description},
     'class_names': dataset.class_names,
     'seed': FLAGS.seed,
     'steps': steps,
-    'seconds': round(time.time() - started),
+    'seconds': round(seconds),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on '
     f'{jax.default_backend()}',
-    'linear_baseline_accuracy': linear_baseline(train, test) if len(test.label) < 5000 else None,
   }
   checkpoints.save_checkpoint(weights, state.variables, card)
   stored = checkpoints.load_variables(module, checkpoints.read_tensors(weights), str(weights))
   card['accuracy'], full = evaluate(stored), evaluate(state.variables)
+  if FLAGS.dataset == 'scenes':
+    card['linear_baseline_accuracy'] = linear_baseline(train, test)
+    card['pointing_game'] = pointing_game(str(weights), test_data.dataset)
   checkpoints.save_checkpoint(weights, state.variables, card)
   print(f'held-out accuracy {card["accuracy"]:.4f} (before rounding the weights {full:.4f})')
   print(weights)

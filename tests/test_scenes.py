@@ -1,10 +1,11 @@
 import hashlib
 
+import jax
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from adv2_jax import data
+from adv2_jax import checkpoints, data, images
 from adv2_jax.data import scene_painter
 from adv2_jax.types import InputError
 
@@ -21,8 +22,8 @@ def sample():
 
 def test_scenes_are_the_same_everywhere(sample):
   # The built-in checkpoint, README's figures and everyone's tables rest on these very pixels.
-  images, masks = sample
-  assert hashlib.sha256(images[:20].tobytes()).hexdigest() == IMAGES_SHA256
+  pictures, masks = sample
+  assert hashlib.sha256(pictures[:20].tobytes()).hexdigest() == IMAGES_SHA256
   assert hashlib.sha256(np.packbits(masks[:20]).tobytes()).hexdigest() == MASKS_SHA256
 
 
@@ -114,3 +115,11 @@ def test_dataset_of_scenes():
 def test_unknown_split_lists_those_there_are():
   with pytest.raises(InputError, match=r"no split 'val'.*validation"):
     data.load('scenes', split='val')
+
+
+def test_the_built_in_checkpoint_knows_unseen_scenes():
+  unseen = data.scenes('validation', 300)  # no part of training or of the card's measurement
+  classifier = checkpoints.load_classifier('scene_resnet')
+  x = images.from_uint8(unseen.images(unseen.ids))
+  predicted = np.asarray(jax.jit(lambda clf, x: clf(x).logits.argmax(-1))(classifier, x))
+  assert (predicted == unseen.labels).mean() >= 0.97

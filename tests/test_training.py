@@ -219,7 +219,10 @@ def test_bad_states_are_refused(tmp_path):
 
 
 def run_train(cwd, *arguments):
-  env = os.environ | {'PYTHONPATH': os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+  env = os.environ | {
+    'PYTHONPATH': os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # a few steps: compiling is most of the work
+  }
   command = [sys.executable, '-m', 'experiments.train', *arguments]
   return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
