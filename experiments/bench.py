@@ -1,0 +1,275 @@
+r"""Seconds per gradient evaluation of an attack: `python -m experiments.bench`, or `make bench`.
+
+Times the library's attack step (CAM: one first-order gradient of the joint loss by the image;
+GRAD: a second-order one) beside an eager PyTorch loop that does the same step. Both sides take
+turns in one process, so that other load hits them alike; the ratio is the median over the turns of
+torch's time by ours. The first gradients are compared too: it is the same step. Without PyTorch
+(extra `bench`) the library is timed alone.
+
+Also prints the matrix products' own speed, and the share of it that the step reaches, counting the
+forward pass's multiplications and additions once per network pass.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from adv2_jax import checkpoints, interpreters, nets, perturbations
+from adv2_jax.attack import adv2, run_chunk
+from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
+from adv2_jax.types import Batch, InputError, PyTree
+from experiments import _bench_flags
+
+FLAGS = flags.FLAGS
+EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
+CHUNK = 2  # gradient evaluations per measurement
+
+
+def random_variables(module: Any, image_size: int) -> PyTree:
+  """Random weights whose batch-norm statistics fit them, so that activations are of order 1."""
+  noise = jax.random.uniform(jax.random.key(1), (8, image_size, image_size, 3), minval=-2, maxval=2)
+
+  def make(key: jax.Array) -> PyTree:
+    variables = module.init(key, noise[:1])
+    _, moved = module.apply(variables, noise, train=True, mutable=['batch_stats'])
+    of_batch = lambda new, old: (new - 0.9 * old) / 0.1  # noqa: E731  # momentum 0.9
+    stats = jax.tree.map(of_batch, moved['batch_stats'], variables['batch_stats'])
+    return {**variables, 'batch_stats': stats}
+
+  return jax.jit(make)(jax.random.key(0))
+
+
+def make_batch(n: int, image_size: int, num_classes: int, map_size: int) -> Batch:
+  """Random images, targets and target maps."""
+  rng = np.random.RandomState(0)
+  return Batch(
+    example_id=jnp.arange(n),
+    x=jnp.asarray(rng.rand(n, image_size, image_size, 3), jnp.float32),
+    target=jnp.asarray(rng.randint(0, num_classes, n), jnp.int32),
+    target_map=jnp.asarray(rng.rand(n, map_size, map_size), jnp.float32),
+    is_real=jnp.ones(n, bool),
+  )
+
+
+def make_attack(clf: Classifier, step: str) -> Any:
+  """The attack whose step is timed: PGD on cross-entropy plus λ times the maps' squared error."""
+  return adv2(
+    clf,
+    interpreters.build(step),
+    perturbations.linf_ball(EPSILON),
+    optax.sign_sgd(ALPHA),
+    weight=WEIGHT,
+    key=jax.random.key(0),
+  )
+
+
+def compile_steps(clf: Classifier, step: str, batch: Batch) -> tuple[Callable[[], None], float]:
+  """(a function that does CHUNK steps, seconds to compile)."""
+
+  def run(clf: Classifier, batch: Batch) -> PyTree:
+    attacker = make_attack(clf, step)
+    state, _ = run_chunk(attacker, batch, attacker.init(batch, None), CHUNK)
+    return state.delta
+
+  start = time.perf_counter()
+  compiled = jax.jit(run).lower(clf, batch).compile()
+  seconds = time.perf_counter() - start
+  return lambda: jax.block_until_ready(compiled(clf, batch)), seconds
+
+
+def first_gradient(clf: Classifier, step: str, batch: Batch) -> np.ndarray:
+  """The loss gradient by the images where the attack starts."""
+  keep = optax.stateless(lambda updates, params: updates)
+
+  def run(clf: Classifier, batch: Batch) -> jax.Array:
+    everywhere = perturbations.linf_ball(EPSILON)._replace(project=lambda x0, delta: delta)
+    attacker = adv2(
+      clf, interpreters.build(step), everywhere, keep, weight=WEIGHT, key=jax.random.key(0)
+    )
+    return attacker.step(batch, attacker.init(batch, None))[0].delta
+
+  return np.asarray(jax.jit(run)(clf, batch))
+
+
+def torch_side(tensors: Mapping[str, np.ndarray]) -> Callable[..., Any] | None:
+  """The same loop in PyTorch, or None where it is not installed."""
+  try:
+    from experiments import _torch_step
+  except ImportError:
+    return None
+  device = 'cuda' if jax.default_backend() == 'gpu' and _torch_step.has_cuda() else 'cpu'
+  mean, std = (np.float32(v) for v in (IMAGENET_MEAN, IMAGENET_STD))
+  return _torch_step.make(FLAGS.model, tensors, mean, std, FLAGS.dtype, device)
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+  """Seconds per gradient evaluation, [repeats] for each side: A, B, A, B."""
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  for turn in range(repeats + 1):
+    for name, run in sides.items():
+      start = time.perf_counter()
+      run()
+      if turn:  # the first warms up
+        seconds[name].append((time.perf_counter() - start) / CHUNK)
+  return {name: np.array(s) for name, s in seconds.items()}
+
+
+def matmul_flops(n: int, dtype: Any) -> float:
+  """Operations per second of an n×n by n×n product, the best of five."""
+  a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+  product = jax.jit(jnp.matmul)
+  best = np.inf
+  for _ in range(6):
+    start = time.perf_counter()
+    jax.block_until_ready(product(a, a))
+    best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best
+
+
+def forward_flops(clf: Classifier, x: jax.Array) -> float:
+  """Operations of one forward pass as XLA counts them: 2 for each multiply-add."""
+  return jax.jit(clf.apply_fn).lower(clf.params, x).cost_analysis()['flops']
+
+
+def bench() -> dict[str, Any]:
+  """Measures and prints; returns what --out gets."""
+  sizes = _positive(FLAGS.batch_sizes)
+  for step in FLAGS.steps:
+    if step not in ('cam', 'grad'):
+      raise InputError(f'--steps has {step!r}; expected cam, grad or both')
+  if FLAGS.repeats < 1 or FLAGS.image_size < 32:
+    raise InputError(
+      f'--repeats is {FLAGS.repeats}, --image_size {FLAGS.image_size}; expected ≥ 1 and ≥ 32'
+    )
+  module = nets.build(FLAGS.model, dtype=jnp.bfloat16 if FLAGS.dtype == 'bfloat16' else None)
+  if FLAGS.weights:
+    tensors = checkpoints.read_tensors(FLAGS.weights)
+    variables = checkpoints.load_variables(module, tensors, FLAGS.weights)
+  else:
+    variables = random_variables(module, FLAGS.image_size)
+  clf = from_linen(module, variables)
+  rival = torch_side(checkpoints.to_tensors(variables))
+  if rival is None:
+    print("PyTorch is not installed (pip install '.[bench]'): the library is timed alone")
+
+  on_cpu = jax.default_backend() == 'cpu'
+  ceilings = {
+    dtype: matmul_flops(2048 if on_cpu else 8192, dtype)
+    for dtype in (['float32'] if on_cpu else ['float32', 'bfloat16'])
+  }
+  for dtype, flops in ceilings.items():
+    print(f'matrix product, {dtype}: {flops / 1e12:.3f} Tflop/s')
+
+  rows = []
+  for step in FLAGS.steps:
+    for n in sizes:
+      rows.append(measure(clf, step, n, rival, ceilings.get(FLAGS.dtype)))
+      print(table(rows[-1:], header=len(rows) == 1), flush=True)
+  return {
+    'config': {flag.name: flag.value for flag in _bench_flags.all_flags()},
+    'environment': {
+      'jax': jax.__version__,
+      'torch': sys.modules['torch'].__version__ if rival else None,
+      'device': jax.devices()[0].device_kind,
+      'machine': platform.machine(),
+      'cores': os.cpu_count(),
+    },
+    'matmul_flops': ceilings,
+    'rows': rows,
+  }
+
+
+def measure(
+  clf: Classifier, step: str, n: int, rival: Callable[..., Any] | None, ceiling: float | None
+) -> dict[str, Any]:
+  """One row: the step at batch size n."""
+  size = FLAGS.image_size
+  logits = jax.eval_shape(clf.apply_fn, clf.params, jnp.zeros((1, size, size, 3)))
+  map_size = logits.taps['features'].shape[1] if step == 'cam' else size // 4
+  batch = make_batch(n, size, logits.logits.shape[1], map_size)
+  ours, seconds_compile = compile_steps(clf, step, batch)
+  sides: dict[str, Callable[[], Any]] = {'jax': ours}
+  row: dict[str, Any] = {'step': step, 'batch_size': n, 'seconds_compile': seconds_compile}
+  if rival is not None:
+    theirs = rival(step, *map(np.asarray, batch[1:4]), WEIGHT, EPSILON, ALPHA)
+    sides['torch'] = lambda: theirs(CHUNK)
+    a, b = first_gradient(clf, step, batch), theirs(1)
+    row['gradient_difference'] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+  seconds = take_turns(sides, FLAGS.repeats)
+  for name, s in seconds.items():
+    row |= {f'seconds_{name}': float(np.median(s)), f'seconds_{name}_min': float(s.min())}
+  if rival is not None:
+    row['ratio'] = float(np.median(seconds['torch'] / seconds['jax']))
+  passes = make_attack(clf, step).passes[0]
+  flops = passes * forward_flops(clf, batch.x)
+  row['flops'] = flops
+  row['ceiling_share'] = flops / row['seconds_jax_min'] / ceiling if ceiling else None
+  return row
+
+
+COLUMNS = {
+  'step': ('step', 's'),
+  'batch_size': ('batch', 'd'),
+  'seconds_jax': ('s per evaluation', '.4f'),
+  'seconds_torch': ('torch', '.4f'),
+  'ratio': ('torch / jax', '.2f'),
+  'gradient_difference': ('gradients differ by', '.1e'),
+  'ceiling_share': ('of matmul ceiling', '.0%'),
+  'seconds_compile': ('s to compile', '.1f'),
+}
+
+
+def table(rows: list[dict[str, Any]], header: bool = True) -> str:
+  """The rows as markdown."""
+  lines = []
+  if header:
+    lines = [
+      '| ' + ' | '.join(title for title, _ in COLUMNS.values()) + ' |',
+      '|' + ' --- |' * len(COLUMNS),
+    ]
+  for row in rows:
+    cells = [
+      '–' if row.get(name) is None else format(row[name], spec)
+      for name, (_, spec) in COLUMNS.items()
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def _positive(values: list[str]) -> list[int]:
+  try:
+    sizes = [int(v) for v in values]
+  except ValueError:
+    sizes = []
+  if not sizes or min(sizes) < 1:
+    raise InputError(f'--batch_sizes is {",".join(values)}; expected numbers such as 4,16')
+  return sizes
+
+
+def main(argv: list[str]) -> None:
+  """Runs the benchmark; bad input ends with one line on stderr."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  try:
+    figures = bench()
+  except InputError as error:
+    sys.exit(str(error))
+  if FLAGS.out:
+    pathlib.Path(FLAGS.out).write_text(json.dumps(figures, indent=1) + '\n')
+    print(FLAGS.out)
+
+
+if __name__ == '__main__':
+  _bench_flags.define_bench_flags()
+  app.run(main)
