@@ -97,6 +97,12 @@ def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Image]
   return lambda x: (x - mean_) / std_
 
 
+def _is_relu(act: Callable[[Array], Array]) -> bool:
+  z = np.array([-3.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 7.0], np.float32)
+  with jax.ensure_compile_time_eval():
+    return bool((np.asarray(act(jnp.asarray(z))) == np.maximum(z, 0)).all())
+
+
 def from_linen(
   module: Any,
   variables: PyTree,
@@ -106,8 +112,9 @@ def from_linen(
 ) -> Classifier:
   """A classifier from a Linen module whose call gives Outputs and which has a `head` method.
 
-  The surrogate is the same module with its field `act` replaced by `soft_relu`; a module without
-  such a field has none (and `from_fn`'s warning is given).
+  The surrogate is the same module with its field `act` replaced by `soft_relu` where that is ReLU
+  (another activation, such as GELU, stays as it is); a module without such a field has none (and
+  `from_fn`'s warning is given).
   """
   normalise = _normaliser(mean, std)
 
@@ -118,7 +125,8 @@ def from_linen(
     return module.apply(params, features, method='head')
 
   def surrogate_fn(params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
-    return Outputs(*module.clone(act=act).apply(params, normalise(x)))
+    smooth = module.clone(act=act) if _is_relu(module.act) else module
+    return Outputs(*smooth.apply(params, normalise(x)))
 
   return from_fn(variables, apply_fn, head_fn, surrogate_fn if hasattr(module, 'act') else None)
 
@@ -132,7 +140,7 @@ def from_nnx(
   """A classifier from an NNX module: split once here, merged inside the pure functions.
 
   `model(x)` gives Outputs, `model.head(features)` logits; a field `act`, when there is one, makes
-  the surrogate.
+  the surrogate, as in `from_linen`.
   """
   from flax import nnx
 
@@ -149,7 +157,7 @@ def from_nnx(
   def surrogate_fn(params: PyTree, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
     smooth = nnx.merge(graph, params)
     for _, node in nnx.iter_graph(smooth):  # inner blocks hold the activation too
-      if hasattr(node, 'act'):
+      if hasattr(node, 'act') and _is_relu(node.act):
         node.act = act
     return Outputs(*smooth(normalise(x)))
 

@@ -117,6 +117,18 @@ def test_a_surrogate_without_act_refuses_other_widths():
     jax.eval_shape(lambda: interpreters.grad(tau=1e-2).unroll(clf, X, Y, (), key))
 
 
+@pytest.mark.parametrize('adapter', ['linen', 'nnx'])
+def test_the_surrogate_replaces_no_activation_but_relu(adapter):
+  """Else GRAD would attack another net than the one it is given."""
+  clf = tiny.classifier(act=jax.nn.gelu)
+  if adapter == 'nnx':
+    model = NnxNet(clf.params['params'])
+    model.act = jax.nn.gelu
+    clf = from_nnx(model, **STATS)
+  surrogate = jax.jit(type(clf).surrogate)(clf, X)
+  np.testing.assert_allclose(surrogate.logits, jax.jit(type(clf).__call__)(clf, X).logits, 1e-6)
+
+
 @pytest.mark.parametrize('std', [(0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, np.nan, 0.2)])
 def test_std_must_be_positive(std):
   with pytest.raises(InputError, match='std is'):
