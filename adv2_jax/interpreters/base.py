@@ -6,7 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adv2_jax.types import Array, Carry, Image, Interpreter, Key, Label, Map, PyTree, Unrolled
+from adv2_jax.types import (
+  Array,
+  Carry,
+  Image,
+  InputError,
+  Interpreter,
+  Key,
+  Label,
+  Map,
+  PyTree,
+  Unrolled,
+)
 
 # (params, clf, x, y, keys) -> (map [B,h,w], logits [B,K] or None)
 MapFn = Callable[[PyTree, Any, Image, Label, Key], tuple[Map, Array | None]]
@@ -60,6 +71,10 @@ def min_max(maps: Array) -> Map:
 
 def avg_pool(maps: Array, size: int) -> Array:
   """Means over size×size cells, [B,H,W] -> [B,H/size,W/size]; a ragged rim is cut off."""
+  if not 1 <= size <= min(maps.shape[1:]):
+    raise InputError(
+      f'pool is {size}; expected 1 to {min(maps.shape[1:])} pixels for images of this size'
+    )
   b, h, w = maps.shape[0], maps.shape[1] // size, maps.shape[2] // size
   cells = maps[:, : h * size, : w * size].reshape(b, h, size, w, size)
   return jnp.mean(cells, axis=(2, 4))

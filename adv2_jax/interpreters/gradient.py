@@ -64,8 +64,6 @@ def grad(
   Differs from the authors' code: one derivative, by x in [0,1], both in the attack and in the
   score (theirs attacks ∂/∂(normalised x) and scores ∂/∂x).
   """
-  if pool < 1:
-    raise InputError(f'pool is {pool}; expected a cell size of at least 1 pixel')
   if of not in ('nll', 'logit'):
     raise InputError(f"of is {of!r}; expected 'nll' or 'logit'")
 
@@ -99,19 +97,24 @@ def integrated_gradients(pool: int = 4, steps: int = 16, tau: float = 1e-4) -> I
 
   def formula(forward: Forward, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
     del keys
-
-    @jax.checkpoint  # one point's activations at a time, also when differentiated
-    def add(total: Array, alpha: Array) -> tuple[Array, None]:
-      g, _ = input_gradient(forward, alpha * x, lambda logits: class_logit(logits, y))
-      return total + g, None
-
-    alphas = (jnp.arange(steps) + 0.5) / steps
-    total, _ = jax.lax.scan(add, jnp.zeros_like(x), alphas)
-    attribution = jnp.abs(jnp.sum(x * total / steps, axis=-1))
-    return min_max(avg_pool(attribution, pool)), forward(x)
+    attribution = jnp.sum(path_attribution(forward, x, y, steps), axis=-1)
+    return min_max(avg_pool(jnp.abs(attribution), pool)), forward(x)
 
   passes = (2 * steps + 1, 6 * steps + 2)
   return _smoothed(formula, 'integrated_gradients', passes, tau, 'printed')
+
+
+def path_attribution(forward: Forward, x: Image, y: Label, steps: int) -> Array:
+  """Signed integrated gradients, f32[B,H,W,C]; they sum to z_y(x) − z_y(0) as steps grow."""
+
+  @jax.checkpoint  # one point's activations at a time, also when differentiated
+  def add(total: Array, alpha: Array) -> tuple[Array, None]:
+    g, _ = input_gradient(forward, alpha * x, lambda logits: class_logit(logits, y))
+    return total + g, None
+
+  alphas = (jnp.arange(steps) + 0.5) / steps
+  total, _ = jax.lax.scan(add, jnp.zeros_like(x), alphas)
+  return x * total / steps
 
 
 def smooth_grad(
