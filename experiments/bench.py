@@ -148,9 +148,9 @@ def bench() -> dict[str, Any]:
   for step in FLAGS.steps:
     if step not in ('cam', 'grad'):
       raise InputError(f'--steps has {step!r}; expected cam, grad or both')
-  if FLAGS.repeats < 1 or FLAGS.image_size < 32:
+  if FLAGS.repeats < 1 or FLAGS.image_size < 64:
     raise InputError(
-      f'--repeats is {FLAGS.repeats}, --image_size {FLAGS.image_size}; expected ≥ 1 and ≥ 32'
+      f'--repeats is {FLAGS.repeats}, --image_size {FLAGS.image_size}; expected ≥ 1 and ≥ 64'
     )
   module = nets.build(FLAGS.model, dtype=jnp.bfloat16 if FLAGS.dtype == 'bfloat16' else None)
   if FLAGS.weights:
