@@ -173,7 +173,7 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: float = 
 
   def keep(batch: Batch, state: BestState, snapshot: Snapshot) -> tuple[PyTree, Array]:
     now = score(batch, snapshot)
-    better = (now < state.score) & ~state.inner.done
+    better = now < state.score
     return where(better, (state.inner.delta, now), (state.delta, state.score))
 
   def init(batch: Batch, delta: PyTree | None = None) -> BestState:
