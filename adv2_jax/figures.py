@@ -142,7 +142,10 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
         )
     axis.set_title(title)
     axis.set_yscale(scale)
-    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    if scale == 'log':
+      axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+      axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+      axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_xlabel('gradient evaluations per example')
     axis.set_xlim(left=0)
     if name == 'success':

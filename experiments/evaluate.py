@@ -1,0 +1,196 @@
+r"""Re-scores a run from its images and maps alone: `python -m experiments.evaluate --workdir DIR`.
+
+From metrics.json it takes the configuration, rebuilds classifier and interpreters, and judges the
+8-bit images of examples/ anew: predictions, fresh maps, every figure. Nothing of the attack is run.
+Then it compares with examples.csv, with the stored maps and with the rows of metrics.json, prints
+the table, and exits with 0 if all agree, else with 1 and the first disagreement.
+
+The 'other' rows are left out, for the images they were made from are not kept; and so are pointing
+game and energy inside, unless masks/ is there.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from adv2_jax import checkpoints, images, interpreters, metrics, nets, report, store
+from adv2_jax.classifier import Classifier
+from adv2_jax.types import Array, InputError, Interpreter
+from experiments import _flags, attack
+
+FLAGS = flags.FLAGS
+# What another device may change. IoU is a count of cells, and one cell may cross the threshold.
+CELL = 0.02
+TOLERANCE = {'map_iou': 0.03, 'map_spearman': 0.01, 'map_ssim': 0.01, 'pointing_game': 0.0}
+OTHERWISE = 2e-3
+# An interpreter's functions are static: building it anew would trace everything anew.
+_build = functools.cache(interpreters.build)
+
+
+class Disagreement(InputError):
+  """Files of a run that do not say the same; the message names the first place."""
+
+
+def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
+  """The classifier and the interpreters of a configuration."""
+  size = config['image_size'] or nets.DEFAULTS[config['model']].image_size
+  clf = checkpoints.load_classifier(
+    config['model'],
+    config['weights'],
+    mean=_flags.floats(config['mean'], 'mean'),
+    std=_flags.floats(config['std'], 'std'),
+    dtype=config['dtype'],
+  )
+  return clf, {name: _build(name, size) for name in config['interpreters']}
+
+
+def rescore(workdir: str) -> list[dict[str, Any]]:
+  """Judges the images of a finished run anew.
+
+  Returns:
+    The rows of metrics.json that can be computed from the files.
+
+  Raises:
+    StoreError: there is no finished run.
+    Disagreement: an example's record, a stored map or a row says something else.
+  """
+  results = report.read_results(workdir)
+  clf, built = models(results.config)
+  rows = []
+  for name, interpreter in built.items():
+    attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]
+    found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a != 'other'}
+    for kind in found:
+      ids = [i for a, n, i in results.examples if (a, n) == (kind, name)]
+      for batch in _batches(sorted(ids), results.config['batch_size']):
+        found[kind] += _judge(results, clf, interpreter, name, kind, batch)
+    for kind, records in found.items():
+      attacked = kind not in attack.NOT_PERTURBED
+      row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
+      _compare_rows(results.row(kind, name), row)
+      rows.append(row)
+  return rows
+
+
+def _batches(ids: Sequence[int], size: int) -> Iterator[list[int]]:
+  yield from (list(ids[k : k + size]) for k in range(0, len(ids), size))
+
+
+def _judge(
+  results: report.Results,
+  clf: Classifier,
+  interpreter: Interpreter,
+  name: str,
+  kind: str,
+  ids: list[int],
+) -> list[dict[str, Any]]:
+  """The records of one batch, compared with the stored ones; batches are filled up to one shape."""
+  padded = np.resize(ids, results.config['batch_size']).tolist()
+  said = [results.examples[kind, name, i] for i in padded]
+  label, target = (jnp.array([int(s[k]) for s in said]) for k in ('label', 'target'))
+  clean = _images(results, 'benign', name, padded)
+  scores, fresh = attack.score(
+    clf,
+    interpreter,
+    clean,
+    _images(results, kind, name, padded),
+    label,
+    target,
+    _maps(results, 'target', name, padded),
+    metrics.judge_keys(results.config['seed'], padded),
+    epsilon=results.config['epsilon'],
+    mask=_masks(results, padded, clean.shape[1:3]),
+    shown='label' if kind in attack.NOT_PERTURBED else 'target',
+  )
+  is_real = np.arange(len(padded)) < len(ids)
+  records = store.as_records(scores, is_real, id=padded, label=label, target=target)
+  for record in records:
+    if record['out_of_set']:
+      image = f'{store.image_folder(kind, name)}/{record["id"]:06d}.png'
+      raise Disagreement(f'{image} is outside of the perturbation set around its benign image')
+  _compare_maps(np.asarray(fresh), _maps(results, kind, name, padded), kind, name, ids)
+  for record, one in zip(records, said, strict=False):
+    where = f'{kind}/{name}, example {record["id"]}'
+    for field in ('prediction', 'success', 'confidence', 'map_l1', 'map_iou'):
+      _compare(where, field, one.get(field), record[field], 'examples.csv')
+  return records
+
+
+def _images(results: report.Results, kind: str, name: str, ids: Sequence[int]) -> Array:
+  files = [f'{store.image_folder(kind, name)}/{i:06d}.png' for i in ids]
+  found = _stack([results.image(kind, name, i) for i in ids], files)
+  return jnp.asarray(images.from_uint8(found))
+
+
+def _maps(results: report.Results, kind: str, name: str, ids: Sequence[int]) -> Array:
+  files = [f'{store.map_folder(kind, name)}/{i:06d}.npy' for i in ids]
+  return jnp.asarray(_stack([results.map(kind, name, i) for i in ids], files))
+
+
+def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndarray:
+  found = []
+  for array, file in zip(arrays, files, strict=True):
+    if array is None:
+      raise Disagreement(f'{file} is missing, but examples.csv has this example')
+    if array.shape != (found or [array])[0].shape:
+      raise Disagreement(f'{file} has shape {array.shape}, but {files[0]} {found[0].shape}')
+    found.append(array)
+  return np.stack(found)
+
+
+def _masks(results: report.Results, ids: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+  """The objects; empty where there are none, which leaves the localisation fields empty."""
+  files = [results.path / 'masks' / f'{i:06d}.png' for i in ids]
+  return np.stack(
+    [images.read_image(f)[..., 0] > 0 if f.exists() else np.zeros(shape, bool) for f in files]
+  )
+
+
+def _compare_maps(fresh: np.ndarray, stored: Array, kind: str, name: str, ids: list[int]) -> None:
+  for i, new, old in zip(ids, fresh, np.asarray(stored), strict=False):
+    file = f'{store.map_folder(kind, name)}/{i:06d}.npy'
+    if new.shape != old.shape:
+      raise Disagreement(f'{file} has shape {old.shape}, the fresh map {new.shape}')
+    if not (worst := np.abs(new - old).max()) <= CELL:
+      raise Disagreement(f'{file} differs from the fresh map by {worst:.3g} in a cell')
+
+
+def _compare_rows(said: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+  where = f'{row["attack"]}/{row["interpreter"]}'
+  plain = metrics.MAP_FIELDS if row['attack'] in attack.NOT_PERTURBED else ()
+  for field, value in row.items():
+    # Without masks/ there is nothing to compare localisation with.
+    if field in ('interpreter', 'attack', 'asr_ci95', *plain) or value is None:
+      continue
+    _compare(where, field, said.get(field), value, 'metrics.json')
+
+
+def _compare(where: str, field: str, said: Any, computed: Any, file: str) -> None:
+  if said is None and computed is None:
+    return
+  exact = isinstance(computed, bool | int)
+  allowed = 0.0 if exact else TOLERANCE.get(field.removesuffix('_all'), OTHERWISE)
+  if said is None or computed is None or not abs(said - computed) <= allowed:
+    raise Disagreement(f'{where}: {field} is {computed}, {file} says {said}')
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command; a disagreement or bad input ends with one line on stderr and exit code 1."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  try:
+    rows = rescore(FLAGS.workdir)
+  except InputError as error:
+    sys.exit(str(error))
+  print(attack.table(rows))
+  print(f'{FLAGS.workdir}: all {sum(r["n"] for r in rows)} re-scored images agree with its files')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'The finished run.', required=True)
+  app.run(main)
