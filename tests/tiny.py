@@ -42,9 +42,9 @@ def classifier(seed: int = 0, **fields: Any) -> Classifier:
   return from_linen(module, variables, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def linear_classifier(seed: int = 0, size: int = 4) -> Classifier:
+def linear_classifier(seed: int = 0, size: int = 4, classes: int = CLASSES) -> Classifier:
   """Logits W·x: the optimum of every attack is known. Its features are x itself."""
-  w = np.random.RandomState(seed).randn(size, size, 3, CLASSES).astype(np.float32)
+  w = np.random.RandomState(seed).randn(size, size, 3, classes).astype(np.float32)
 
   def head(w, features):
     return jnp.einsum('bhwc,hwck->bk', features, w)
