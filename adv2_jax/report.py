@@ -102,23 +102,21 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     The path of `report.html`.
 
   Raises:
-    StoreError: there is no finished run.
+    StoreError: there is no finished run, or the disk is full.
   """
   results = read_results(workdir)
   galleries = {name: _gallery(results, name) for name in results.interpreters}
-  with figures.style():
+  with figures.style(), store.writing(results.path):
     drawn = dict(_figures(results))
     for name, found in galleries.items():
       if found.rows:
-        figure = figures.gallery(
-          f'{name.upper()}: what the analyst sees', found.columns, found.rows
-        )
-        _save(results.path, f'gallery-{name}', figure)
+        title = f'{name.upper()}: what the analyst sees'
+        _save(results.path, f'gallery-{name}', figures.gallery(title, found.columns, found.rows))
     for name, figure in drawn.items():
       _save(results.path, name, figure)
     svgs = {name: _inline_svg(figure, name) for name, figure in drawn.items()}
-  page = _page(results, galleries, svgs)
-  images.write_atomic(results.path / 'report.html', page.encode())
+    page = _page(results, galleries, svgs)
+    images.write_atomic(results.path / 'report.html', page.encode())
   return results.path / 'report.html'
 
 

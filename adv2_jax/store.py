@@ -72,7 +72,7 @@ class StoreError(InputError):
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path) -> Iterator[None]:
   """Turns the operating system's refusals into one line."""
   try:
     yield
@@ -183,7 +183,7 @@ class Workdir(NamedTuple):
     flags: dict[str, Any] = plain(config)
     if path.exists() and not path.is_dir():
       raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
-    with _writing(path):
+    with writing(path):
       path.mkdir(parents=True, exist_ok=True)
       if any(not p.name.startswith('.') for p in path.iterdir()):
         if not resume:
@@ -258,7 +258,7 @@ class Workdir(NamedTuple):
     key = f'{attack}-{interpreter}-{records[0]["id"]:06d}'
     staging = self.path / 'shards' / f'.tmp-{key}'
     record = {'attack': attack, 'interpreter': interpreter, 'records': records, **extras}
-    with _writing(self.path):
+    with writing(self.path):
       try:
         shutil.rmtree(staging, ignore_errors=True)
         for folder, array in arrays.items():
@@ -298,7 +298,7 @@ class Workdir(NamedTuple):
 
   def write_json(self, name: str, value: Any) -> None:
     """Writes `<name>` atomically; what is not finite becomes null."""
-    with _writing(self.path):
+    with writing(self.path):
       images.write_atomic(self.path / name, _json_bytes(value))
 
   def write_history(self) -> None:
@@ -334,7 +334,7 @@ class Workdir(NamedTuple):
     writer.writerow(CSV_FIELDS)
     for record in examples:
       writer.writerow([_csv(record.get(field)) for field in CSV_FIELDS])
-    with _writing(self.path):
+    with writing(self.path):
       images.write_atomic(self.path / 'examples.csv', text.getvalue().encode())
     seen = {record.get(field) for record in examples for field in ('label', 'target', 'prediction')}
     names = {k: name for k, name in enumerate(class_names or ()) if k in seen}

@@ -133,7 +133,7 @@ def _maps(results: report.Results, kind: str, name: str, ids: Sequence[int]) -> 
 
 
 def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndarray:
-  found = []
+  found: list[np.ndarray] = []
   for array, file in zip(arrays, files, strict=True):
     if array is None:
       raise Disagreement(f'{file} is missing, but examples.csv has this example')

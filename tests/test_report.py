@@ -1,9 +1,11 @@
 """The report from a made-up but plausible run: complete, self-contained, escaped."""
 
 import base64
+import errno
 import html.parser
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -274,6 +276,17 @@ def test_unfinished_run_is_refused(tmp_path):
   store.Workdir.create(tmp_path, CONFIG)
   with pytest.raises(store.StoreError, match=r'has no metrics\.json: the run is not finished'):
     report.write_report(tmp_path)
+
+
+def test_a_full_disk_is_one_line(run, monkeypatch):
+  def replace(source, target):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  before = (run / 'report.html').read_bytes()
+  monkeypatch.setattr(os, 'replace', replace)
+  with pytest.raises(store.StoreError, match='cannot write .*: No space left on device'):
+    report.write_report(run)
+  assert (run / 'report.html').read_bytes() == before
 
 
 # The overlay.
