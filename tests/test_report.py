@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line(run, monkeypatch):
 
   before = (run / 'report.html').read_bytes()
   monkeypatch.setattr(os, 'replace', replace)
-  with pytest.raises(store.StoreError, match='cannot write .*: No space left on device'):
+  with pytest.raises(store.StoreError, match=r'cannot write .*: No space left on device'):
     report.write_report(run)
   assert (run / 'report.html').read_bytes() == before
 
