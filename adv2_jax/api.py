@@ -148,6 +148,9 @@ def _judge(
   return logits, maps, metrics.success(logits, batch.target), terms
 
 
+_outputs = jax.jit(Classifier.__call__)
+
+
 @jax.jit
 def explain(clf: Classifier, interpreter: Interpreter, x: Image, y: Label, keys: Key) -> Map:
   """`interpreter.explain`, jitted."""
@@ -189,19 +192,26 @@ def attack(
     raise InputError(f'epsilon is {epsilon}; expected 0 < epsilon ≤ 1, such as 0.031 (8/255)')
   key = jax.random.key(0) if key is None else key
   keys = example_keys(key, len(x))
-  shapes = jax.eval_shape(lambda: (clf(x).logits, interpreter.explain(clf, x, _zeros(x), keys)))
-  target = validate.labels(target, len(x), shapes[0].shape[-1], 'target')
+  if key.ndim:
+    raise InputError(f'key has shape {key.shape}; expected one key, such as jax.random.key(0)')
+  if steps is not None and not isinstance(preset, str):
+    raise InputError('steps goes with the name of a preset; a recipe has its own number of steps')
+  # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
+  num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
+  map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape
+  target = validate.labels(target, len(x), num_classes, 'target')
   label = (
-    jnp.argmax(jax.jit(lambda c, v: c(v).logits)(clf, x), axis=-1).astype(jnp.int32)
+    jnp.argmax(_outputs(clf, x).logits, axis=-1).astype(jnp.int32)
     if label is None
-    else validate.labels(label, len(x), shapes[0].shape[-1], 'label')
+    else validate.labels(label, len(x), num_classes, 'label')
   )
   validate.targets_differ(target, label)
   if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
-  target_map = validate.target_map(target_map, shapes[1].shape)
-  named = isinstance(preset, str)
-  recipe = presets.by_name(preset, interpreter.name, steps_s2=steps) if named else preset
+  target_map = validate.target_map(target_map, map_shape)
+  recipe: Recipe = (
+    presets.by_name(preset, interpreter.name, steps_s2=steps) if isinstance(preset, str) else preset
+  )
   ids = jnp.arange(len(x), dtype=jnp.int32)
   batch = Batch(ids, x, target, target_map, jnp.ones(len(x), bool))
   x8, history = attack_batch(recipe, clf, interpreter, batch, epsilon, key)

@@ -72,6 +72,7 @@ def adv2(
   key: Key,
   prediction: PredictionLoss = losses.targeted_xent,
   distance: MapDistance = losses.map_mse,
+  balance: Callable[[Array], Array] = jnp.ones_like,
   stop: Stop = never,
 ) -> Attack:
   """The joint attack on classifier and interpreter, equation (1) of ADV².
@@ -85,6 +86,7 @@ def adv2(
     key: one key; an example's numbers come from it, its `example_id` and the step.
     prediction: l_prd.
     distance: l_int, on maps [B,h,w].
+    balance: l_prd [B] -> factor of λ [B], so that λ follows what binds for each example.
     stop: which examples need no further step; their state is held from there on.
   """
   schedule = weight if callable(weight) else lambda _: weight
@@ -108,7 +110,8 @@ def adv2(
     l_prd = prediction(logits, batch.target)
     l_int = _map_loss(seen, batch, distance)
     penalty = perturbation.penalty(delta)
-    total = l_prd + schedule(state.step) * l_int + seen.extra + penalty
+    lam = schedule(state.step) * balance(jax.lax.stop_gradient(l_prd))
+    total = l_prd + lam * l_int + seen.extra + penalty
     snapshot = Snapshot(state.step, x, Terms(total, l_prd, l_int, penalty), logits)
     return jnp.sum(total), (snapshot, seen.carry)  # a sum: each example gets its own gradient
 

@@ -188,6 +188,10 @@ class InputError(ValueError):
 
 def example_keys(key: Key, n: int) -> Key:
   """One key per example: `key` itself when it already has shape [n], else folded with 0…n−1."""
+  if not jax.dtypes.issubdtype(getattr(key, 'dtype', None), jax.dtypes.prng_key):
+    raise InputError(f'key is {key}; expected a typed key such as jax.random.key(0)')
+  if key.shape not in ((), (n,)):
+    raise InputError(f'key has shape {key.shape}; expected one key, or one per example, ({n},)')
   if key.ndim:
     return key
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jax.numpy.arange(n))

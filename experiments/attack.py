@@ -15,7 +15,7 @@ import functools
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +71,13 @@ class Shard(NamedTuple):
   mask: np.ndarray | None
 
 
-def load(config: dict[str, Any]) -> Setup:
-  """Classifier, interpreters and data of a config; InputError before any work is done."""
-  size = config['image_size'] or nets.DEFAULTS[config['model']].image_size
+def image_size(config: Mapping[str, Any]) -> int:
+  """The side in pixels: the flag, or what the model was designed for."""
+  return config['image_size'] or nets.DEFAULTS[config['model']].image_size
+
+
+def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
+  """The classifier and the interpreters of a config."""
   clf = checkpoints.load_classifier(
     config['model'],
     config['weights'],
@@ -81,6 +85,14 @@ def load(config: dict[str, Any]) -> Setup:
     std=_flags.floats(config['std'], 'std'),
     dtype=config['dtype'],
   )
+  size = image_size(config)
+  return clf, {name: interpreters.build(name, size) for name in config['interpreters']}
+
+
+def load(config: dict[str, Any]) -> Setup:
+  """Classifier, interpreters and data of a config; InputError before any work is done."""
+  size = image_size(config)
+  clf, built = models(config)
   dataset = data.load(
     config['dataset'],
     config['data_path'],
@@ -92,7 +104,6 @@ def load(config: dict[str, Any]) -> Setup:
   )
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
   dataset.check_classes(shape[-1])
-  built = {name: interpreters.build(name, size) for name in config['interpreters']}
   return Setup(config, clf, built, dataset, shape[-1])
 
 
@@ -145,8 +156,9 @@ def select(setup: Setup) -> Examples:
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
     donors = [_donor(setup, target) for target in targets]
-  columns = [np.array(v, np.int32) for v in (chosen, true[chosen], targets, others, donors)]
-  return Examples(*columns, num_skipped=seen - len(chosen))
+  ints = functools.partial(np.array, dtype=np.int32)
+  columns = ints(chosen), true[chosen], ints(targets), ints(others), ints(donors)
+  return Examples(*columns, seen - len(chosen))
 
 
 def _next(ids: list[int], i: int) -> int:
@@ -174,7 +186,6 @@ def shards(setup: Setup, examples: Examples, rows: np.ndarray) -> Iterator[Shard
   mesh = jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
   over_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   place = functools.partial(jax.device_put, device=over_data)
-  judge_key = jax.random.fold_in(jax.random.key(config['seed']), 1)
   for start in range(0, len(rows), size):
     some = rows[start : start + size]
     padded = np.resize(some, size)
@@ -189,7 +200,7 @@ def shards(setup: Setup, examples: Examples, rows: np.ndarray) -> Iterator[Shard
       is_real,
       batch,
       place(examples.label[padded]),
-      place(jax.vmap(functools.partial(jax.random.fold_in, judge_key))(ids)),
+      place(metrics.judge_keys(config['seed'], ids)),
       _masks(setup.dataset, ids, x.shape[1:3]),
     )
 
@@ -250,7 +261,8 @@ class Stopwatch:
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   """The schedule of an attack on an interpreter."""
   if attack == 'pgd':
-    return presets.pgd_baseline(config['preset'], config['steps_s1'], config['steps_s2'])
+    steps = [config['steps_s1'] or 0, config['steps_s2']]
+    return presets.plain_pgd(config['preset'], sum(steps) if config['steps_s2'] else None)
   return presets.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'])
 
 
@@ -352,6 +364,8 @@ class Run(NamedTuple):
     arrays = {map_folder(attack, name): maps, image_folder(attack, name): images.to_uint8(x8)}
     if attack == 'benign':
       arrays[map_folder('target', name)] = wanted
+      if shard.mask is not None:
+        arrays['masks'] = shard.mask * np.uint8(255)
     if attack == 'other':
       keep &= shard.other >= 0
       arrays = {}
@@ -384,7 +398,7 @@ def rows(setup: Setup, workdir: Workdir, num_skipped: int) -> Iterator[dict[str,
         'framework': setup.config['framework'],
         'target_map': setup.config['target_map'],
         'n_skipped': num_skipped,
-        **metrics.aggregate(workdir.records(attack, name)),
+        **metrics.aggregate(workdir.records(attack, name), attack not in NOT_PERTURBED),
         **spent,
       }
 
@@ -415,12 +429,11 @@ TABLE = {
 
 
 def table(found: list[dict[str, Any]]) -> str:
-  """The rows as a markdown table; map figures of unattacked images are over all of them."""
+  """The rows as a markdown table."""
   lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE.values()) + ' |']
   lines.append('|---' * (len(TABLE) + 3) + '|')
   for row in found:
-    suffix = '_all' if row['attack'] in NOT_PERTURBED else ''
-    values = [row.get(f + suffix if f.startswith('map_') else f) for f in TABLE]
+    values = [row.get(field) for field in TABLE]
     cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
     lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
   return '\n'.join(lines)

@@ -9,7 +9,6 @@ The 'other' rows are left out, for the images they were made from are not kept; 
 game and energy inside, unless masks/ is there.
 """
 
-import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,35 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from adv2_jax import checkpoints, images, interpreters, metrics, nets, report, store
+from adv2_jax import images, metrics, report, store
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, InputError, Interpreter
-from experiments import _flags, attack
+from experiments import attack
 
 FLAGS = flags.FLAGS
 # What another device may change. IoU is a count of cells, and one cell may cross the threshold.
 CELL = 0.02
 TOLERANCE = {'map_iou': 0.03, 'map_spearman': 0.01, 'map_ssim': 0.01, 'pointing_game': 0.0}
 OTHERWISE = 2e-3
-# An interpreter's functions are static: building it anew would trace everything anew.
-_build = functools.cache(interpreters.build)
 
 
 class Disagreement(InputError):
   """Files of a run that do not say the same; the message names the first place."""
-
-
-def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
-  """The classifier and the interpreters of a configuration."""
-  size = config['image_size'] or nets.DEFAULTS[config['model']].image_size
-  clf = checkpoints.load_classifier(
-    config['model'],
-    config['weights'],
-    mean=_flags.floats(config['mean'], 'mean'),
-    std=_flags.floats(config['std'], 'std'),
-    dtype=config['dtype'],
-  )
-  return clf, {name: _build(name, size) for name in config['interpreters']}
 
 
 def rescore(workdir: str) -> list[dict[str, Any]]:
@@ -60,7 +44,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
     Disagreement: an example's record, a stored map or a row says something else.
   """
   results = report.read_results(workdir)
-  clf, built = models(results.config)
+  clf, built = attack.models(results.config)
   rows = []
   for name, interpreter in built.items():
     attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]

@@ -1,5 +1,6 @@
 """Interpreters: factories that return an `Interpreter`; a new one is `from_map` and a formula."""
 
+import functools
 from collections.abc import Callable
 
 from adv2_jax.interpreters.base import avg_pool, from_map, min_max
@@ -17,8 +18,12 @@ FACTORIES: dict[str, Callable[..., Interpreter]] = {
 }
 
 
+@functools.lru_cache
 def build(name: str, image_size: int = 224) -> Interpreter:
-  """The interpreter of that name with the settings usual for that image size (px)."""
+  """The interpreter of that name with the settings usual for that image size (px).
+
+  Built once per setting: its functions are static, a second one would be traced anew.
+  """
   if name not in FACTORIES:
     raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(FACTORIES)}')
   takes_pool = name in ('grad', 'input_x_gradient', 'integrated_gradients', 'smooth_grad')
