@@ -105,6 +105,16 @@ def test_the_total_is_weighed_by_the_schedule():
   np.testing.assert_allclose(terms.prediction, nll, rtol=1e-4)
 
 
+def test_balance_weighs_each_example_and_is_no_loss_of_its_own():
+  """λ_b = λ · balance(l_prd_b); its slope must not enter the gradient."""
+  balanced = lambda clf: joint(clf, weight=2.0, balance=lambda loss: jnp.exp(-loss))  # noqa: E731
+  delta, (seen,) = attack_with(balanced, BATCH, 1)
+  l_prd, l_int = (np.float64(v[0]) for v in (seen.terms.prediction, seen.terms.interpretation))
+  np.testing.assert_allclose(seen.terms.total[0], l_prd + 2 * np.exp(-l_prd) * l_int, rtol=1e-4)
+  fixed = jnp.asarray(2 * np.exp(-l_prd), jnp.float32)
+  assert_same_steps(attack_with(lambda clf: joint(clf, weight=lambda _: fixed), BATCH, 1)[0], delta)
+
+
 def test_both_losses_fall():
   batch = BATCH._replace(target=jnp.argsort(CLF(X).logits)[:, -2])
   _, (seen,) = attack_with(lambda clf: joint(clf, weight=5.0), batch, 60, every=10)
