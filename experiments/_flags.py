@@ -1,9 +1,11 @@
 """Flags that the commands share; each command calls the `define_…` functions it needs."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from adv2_jax import data, interpreters, nets
 from adv2_jax.types import InputError
@@ -74,6 +76,24 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
     )
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+  """`app.run(main)`; `--help` lists the flags and exits 0, a wrong flag ends with its message."""
+  for module, defined in FLAGS.flags_by_module_dict().items():
+    if module.startswith('experiments.'):
+      for flag in defined:
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return FLAGS(argv)
+    except flags.Error as error:
+      sys.exit(' '.join(str(error).split()))
+    except SystemExit:  # absl leaves with 1 after it has helped
+      sys.exit(0)
+
+  app.run(main, flags_parser=parse)
 
 
 def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
