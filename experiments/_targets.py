@@ -40,16 +40,24 @@ def labels(flag: str, seed: int, true: np.ndarray, num_classes: int) -> Callable
     reader = csv.DictReader(file)
     if not {'id', 'target'} <= set(reader.fieldnames or ()):
       raise InputError(f'{path} starts with {reader.fieldnames}; expected the columns id,target')
-    table = {int(r['id']): _in_range(int(r['target']), num_classes, f'{path}') for r in reader}
+    table = {}
+    for row in reader:
+      try:
+        i, target = int(row['id']), int(row['target'])
+      except (TypeError, ValueError):
+        raise InputError(
+          f'{path} line {reader.line_num}: {row["id"]},{row["target"]} are not two whole numbers'
+        ) from None
+      table[i] = _in_range(target, num_classes, f'{path} line {reader.line_num}')
+      if 0 <= i < len(true) and target == true[i]:
+        raise InputError(
+          f'{path}: target {target} of example {i} is its true class; choose another class'
+        )
 
   def from_file(i: int, least: int) -> int:
     del least
     if i not in table:
       raise InputError(f'{path} has no target for example {i}; add a line {i},<class>')
-    if table[i] == true[i]:
-      raise InputError(
-        f'{path}: target {table[i]} of example {i} is its true class; choose another class'
-      )
     return table[i]
 
   return from_file
@@ -86,9 +94,9 @@ def read_maps(path: str, names: list[str]) -> dict[str, dict[int, np.ndarray]]:
       raise InputError(f'{path} has no array {key!r}; it has: {", ".join(sorted(arrays))}')
   for name in names:
     maps = arrays[name]
-    if maps.ndim != 3 or len(maps) != len(arrays['id']):
-      raise InputError(f'{path}: {name} has shape {maps.shape}; expected [{len(arrays["id"])},h,w]')
-    if not np.isfinite(maps).all() or maps.min() < 0 or maps.max() > 1:
+    if maps.ndim != 3 or len(maps) != len(arrays['id']) or maps.dtype.kind not in 'fiub':
+      raise InputError(f'{path}: {name} is {maps.dtype}{list(maps.shape)}; expected one map per id')
+    if not ((maps >= 0) & (maps <= 1)).all():
       raise InputError(f'{path}: {name} is not within [0,1]; scale the maps')
   ids = [int(i) for i in arrays['id']]
   return {name: dict(zip(ids, arrays[name].astype(np.float32), strict=True)) for name in names}
@@ -99,9 +107,3 @@ def _existing(flag: str) -> pathlib.Path:
   if not path.is_file():
     raise InputError(f'--target_map is {flag!r}; expected {", ".join(MAPS)}, or FILE.npz')
   return path
-
-
-def check_map_flag(config: dict[str, Any]) -> None:
-  """InputError for a `--target_map` that is neither a known kind nor a good file."""
-  if config['target_map'] not in MAPS:
-    read_maps(config['target_map'], config['interpreters'])

@@ -11,11 +11,13 @@ and judged by the real net and a fresh map. Results appear batch by batch; a kil
 --resume. Files and fields: see README.
 """
 
+import contextlib
 import functools
+import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +46,7 @@ class Setup(NamedTuple):
   clf: Classifier
   interpreters: dict[str, Interpreter]
   dataset: data.Dataset
-  num_classes: int
+  target_of: Callable[[int, int], int]  # (id, least likely class) -> target class
 
 
 class Examples(NamedTuple):
@@ -104,7 +106,9 @@ def load(config: dict[str, Any]) -> Setup:
   )
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
   dataset.check_classes(shape[-1])
-  return Setup(config, clf, built, dataset, shape[-1])
+  labels = dataset.labels
+  target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1])
+  return Setup(config, clf, built, dataset, target_of)
 
 
 def devices_of(config: dict[str, Any]) -> list[jax.Device]:
@@ -133,8 +137,7 @@ def select(setup: Setup) -> Examples:
 
   An example whose class is the `--target_label` is passed over, and counted as skipped.
   """
-  c, true = setup.config, setup.dataset.labels
-  target_of = _targets.labels(c['target_label'], c['seed'], true, setup.num_classes)
+  c, true, target_of = setup.config, setup.dataset.labels, setup.target_of
   chosen: list[int] = []
   targets: list[int] = []
   met: dict[int, list[int]] = {}  # predicted class -> ids
@@ -155,7 +158,8 @@ def select(setup: Setup) -> Examples:
   others = [_next(met[int(true[i])], i) for i in chosen]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
-    donors = [_donor(setup, target) for target in targets]
+    of_class = {target: _donor(setup, target) for target in sorted(set(targets))}
+    donors = [of_class[target] for target in targets]
   ints = functools.partial(np.array, dtype=np.int32)
   columns = ints(chosen), true[chosen], ints(targets), ints(others), ints(donors)
   return Examples(*columns, seen - len(chosen))
@@ -224,14 +228,23 @@ def target_map(setup: Setup, shard: Shard, name: str, clean: Map, given: dict) -
   if kind == 'random_class':
     x = images.from_uint8(setup.dataset.images(shard.donor))
     return api.explain(setup.clf, setup.interpreters[name], x, shard.batch.target, shard.keys)
-  for i in shard.id:
-    if int(i) not in given[name]:
-      raise InputError(f'{kind} has no target map for example {i}; add it to `id` and `{name}`')
-    if given[name][int(i)].shape != clean.shape[1:]:
-      raise InputError(
-        f'{kind}: maps of {name} are {given[name][int(i)].shape}; expected {clean.shape[1:]}'
-      )
   return jnp.asarray(np.stack([given[name][int(i)] for i in shard.id]))
+
+
+def check_given_maps(setup: Setup, examples: Examples, given: dict) -> None:
+  """InputError where a map of FILE.npz is missing or does not fit."""
+  file, size = setup.config['target_map'], image_size(setup.config)
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  y = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for name, maps in given.items():
+    shape = jax.eval_shape(
+      setup.interpreters[name].explain, setup.clf, x, y, jax.random.key(0)
+    ).shape[1:]
+    for i in examples.id.tolist():
+      if i not in maps:
+        raise InputError(f'{file} has no target map for example {i}; add it to `id` and `{name}`')
+      if maps[i].shape != shape:
+        raise InputError(f'{file}: maps of {name} are {maps[i].shape}; expected {shape}')
 
 
 class Stopwatch:
@@ -405,14 +418,15 @@ def rows(setup: Setup, workdir: Workdir, num_skipped: int) -> Iterator[dict[str,
 
 def environment(config: dict[str, Any]) -> dict[str, Any]:
   """What ran the attack."""
-  git = subprocess.run(
-    ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=False
-  )
+  command, here = ['git', 'rev-parse', '--short', 'HEAD'], pathlib.Path(__file__).parent
+  commit = ''
+  with contextlib.suppress(OSError):  # no git on this machine
+    commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout
   devices = devices_of(config)
   return {
     'jax': jax.__version__,
     'devices': f'{len(devices)} × {devices[0].device_kind}',
-    'commit': git.stdout.strip() or None,
+    'commit': commit.strip() or None,
   }
 
 
@@ -447,6 +461,7 @@ def run(config: dict[str, Any], workdir_flag: str | None, resume: bool) -> Workd
     given = _targets.read_maps(config['target_map'], config['interpreters'])
   workdir = Workdir.create(workdir_flag or default_workdir(config), config, resume)
   examples = select(setup)
+  check_given_maps(setup, examples, given)
   done = {(a, name): workdir.done(a, name) for a in ATTACKS for name in setup.interpreters}
   # 'other' is left out: an example without another of its class never gets that record.
   whole = set.intersection(*(ids for (a, _), ids in done.items() if a != 'other'))
@@ -481,4 +496,4 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   _flags.define_data_flags()
   _flags.define_attack_flags()
-  app.run(main)
+  _flags.start(main)
