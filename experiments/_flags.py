@@ -39,6 +39,7 @@ def define_attack_flags() -> None:
   flags.DEFINE_string('target_label', 'random', 'random, least_likely, a class, or FILE.csv.')
   flags.DEFINE_float('epsilon', 0.031, 'L∞ radius, in units of the image range.')
   flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
+  flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
   flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
@@ -62,8 +63,9 @@ def check(c: dict[str, Any]) -> None:
   for name in ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices'):
     if c[name] is not None and c[name] < 1:
       raise InputError(f'--{name} is {c[name]}; expected at least 1')
-  if c['steps_s1'] is not None and c['steps_s1'] < 0:
-    raise InputError(f'--steps_s1 is {c["steps_s1"]}; expected 0 or more')
+  for name in ('steps_s1', 'skip_examples'):
+    if c[name] is not None and c[name] < 0:
+      raise InputError(f'--{name} is {c[name]}; expected 0 or more')
   if not 0 <= c['seed'] < 2**32:
     raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
   if c['model'] not in nets.ZOO:

@@ -148,13 +148,14 @@ def select(setup: Setup) -> Examples:
     if best == true[i] and (target := target_of(i, worst)) != true[i]:
       chosen.append(i)
       targets.append(target)
-    if len(chosen) == c['num_examples']:
+    if len(chosen) == c['skip_examples'] + c['num_examples']:
       break
-  if not chosen:
+  if len(chosen) <= c['skip_examples']:
     raise InputError(
-      f'the classifier gets none of the {seen} images right: check --weights, --mean, --std and '
-      '--label_key'
+      f'the classifier gets {len(chosen)} of {seen} images right, none beyond --skip_examples '
+      f'{c["skip_examples"]}: check --weights, --mean, --std and --label_key'
     )
+  chosen, targets = chosen[c['skip_examples'] :], targets[c['skip_examples'] :]
   others = [_next(met[int(true[i])], i) for i in chosen]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
@@ -162,7 +163,7 @@ def select(setup: Setup) -> Examples:
     donors = [of_class[target] for target in targets]
   ints = functools.partial(np.array, dtype=np.int32)
   columns = ints(chosen), true[chosen], ints(targets), ints(others), ints(donors)
-  return Examples(*columns, seen - len(chosen))
+  return Examples(*columns, seen - c['skip_examples'] - len(chosen))
 
 
 def _next(ids: list[int], i: int) -> int:
