@@ -301,6 +301,7 @@ class Run(NamedTuple):
         self.setup.clf, interpreter, shard.batch.x, shard.label, shard.batch.target, shard.keys
       )
       wanted = target_map(self.setup, shard, name, clean[0], self.given_maps)
+      wanted = jax.device_put(wanted, shard.label.sharding)
       judge = functools.partial(self.judge, shard, name, wanted, clean)
       judge('benign', shard.batch.x)
       judge('other', self.others(shard))
@@ -313,7 +314,8 @@ class Run(NamedTuple):
   def others(self, shard: Shard) -> Array:
     """The images of `shard.other`; the example itself where there is none."""
     ids = np.where(shard.other < 0, shard.id, shard.other)
-    return jnp.asarray(images.from_uint8(self.setup.dataset.images(ids)))
+    x = images.from_uint8(self.setup.dataset.images(ids))
+    return jax.device_put(x, shard.label.sharding)  # placed otherwise, `score` compiles again
 
   def attack(
     self, shard: Shard, attack: str, name: str, wanted: Map | None
