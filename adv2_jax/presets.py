@@ -70,9 +70,9 @@ def closest_map(
 ) -> Score:
   """The score of the joint attack: how far the map is, once the target is predicted, [B].
 
-  √mse + price · max(0, u − wanted), u = log((1 − p_t)/p_t), for iterates with u ≤ max_log_odds; all
-  others come after these. The map is the real net's: where `unroll` differs from `explain` (GRAD),
-  it is made afresh here.
+  d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
+  come after these. d is the attack's own map distance, which should be √mse. Where `unroll` differs
+  from `explain` (GRAD), the map is made afresh on the real net.
   """
 
   def score(batch: Batch, snapshot: Snapshot) -> Array:
@@ -81,9 +81,9 @@ def closest_map(
     else:
       keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.example_id)
       maps = interpreter.explain(clf, snapshot.x, batch.target, keys)
-      distance = losses.map_mse(maps, batch.target_map)
+      distance = losses.map_rms(maps, batch.target_map)
     odds = losses.log_odds(snapshot.logits, batch.target)
-    cost = jnp.sqrt(distance) + price * jax.nn.relu(odds - wanted_log_odds)
+    cost = distance + price * jax.nn.relu(odds - wanted_log_odds)
     return jnp.where(odds <= max_log_odds, cost, 1e6 + odds)
 
   return score
@@ -147,7 +147,7 @@ def plain_pgd(preset: str, steps: int | None = None) -> Recipe:
 
 
 def _decaying_steps(n: int) -> optax.GradientTransformation:
-  return optimisers.sign_momentum(optax.cosine_decay_schedule(4 / 255, n), 0.75)
+  return optimisers.sign_momentum(optax.cosine_decay_schedule(4 / 255, n, exponent=2), 0.6)
 
 
 @functools.lru_cache
@@ -176,7 +176,7 @@ def fast(name: str, steps: int | None = None) -> Recipe:
       key=key,
       prediction=losses.hinged(losses.log_odds, -4.0),
       balance=lambda l_prd: jnp.exp(-l_prd),
-      distance=losses.map_mse,
+      distance=losses.map_rms,
     )
     score = closest_map(clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02)
     passes = 0 if interpreter.exact else interpreter.passes[0]
@@ -193,7 +193,7 @@ class Fast(NamedTuple):
   every: int = 1
 
 
-FAST = {'cam': Fast(100, 1000.0), 'grad': Fast(100, 1000.0, every=5)}
+FAST = {'cam': Fast(100, 300.0), 'grad': Fast(100, 100.0, every=5)}
 
 
 def by_name(
