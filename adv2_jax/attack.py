@@ -28,6 +28,7 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.base import no_map
 from adv2_jax.types import (
   Array,
   Attack,
@@ -140,17 +141,6 @@ def pgd(
   return adv2(
     clf, no_map(), perturbation, tx, weight=0.0, key=key, prediction=prediction, stop=stop
   )
-
-
-def no_map() -> Interpreter:
-  """The interpreter that explains nothing."""
-
-  def unroll(params, clf, x, y, carry, keys) -> Unrolled:
-    del params, y, keys
-    return Unrolled(None, carry, jnp.zeros(len(x)), clf(x).logits)
-
-  explain = lambda params, clf, x, y, keys: jnp.zeros((len(x), 1, 1))  # noqa: E731
-  return Interpreter((), explain, unroll, lambda *_: (), name='none', passes=(0, 2))
 
 
 class BestState(NamedTuple):
