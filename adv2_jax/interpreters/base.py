@@ -77,7 +77,8 @@ def min_max(maps: Array) -> Map:
   low = jnp.min(maps, axis=(1, 2), keepdims=True)
   spread = jnp.max(maps, axis=(1, 2), keepdims=True) - low
   flat = spread <= 0
-  return jnp.where(flat, 0.0, (maps - low) / jnp.where(flat, 1.0, spread))
+  # Clipped, because a compiler may compute `maps` twice, rounded differently, and go below `low`.
+  return jnp.where(flat, 0.0, jnp.clip((maps - low) / jnp.where(flat, 1.0, spread), 0, 1))
 
 
 def avg_pool(maps: Array, size: int) -> Array:
