@@ -1,0 +1,515 @@
+"""`experiments.attack` end to end on a tiny data set: files, fields, resuming, and refusals."""
+
+import csv
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from parity.weights import numpy_weights
+
+from adv2_jax import checkpoints, interpreters, metrics, nets
+from adv2_jax.images import from_uint8
+from adv2_jax.types import InputError
+from experiments import _flags, _targets, attack
+
+SIZE, EPSILON, SEED = 32, 0.05, 3
+FIELDS = {
+  *('interpreter', 'attack', 'framework', 'target_map', 'n', 'n_skipped', 'asr', 'asr_ci95', 'mc'),
+  *('map_l1', 'map_l2', 'map_mse', 'map_iou', 'map_spearman', 'map_ssim', 'two_class_l1'),
+  *('pointing_game', 'energy_inside', 'linf_max', 'l2_mean', 'out_of_set', 'nonfinite'),
+  *('gradient_evaluations', 'network_passes', 'seconds', 'seconds_compile'),
+}
+COLUMNS = [
+  *('id', 'attack', 'interpreter', 'label', 'target', 'prediction', 'confidence', 'success'),
+  *('map_l1', 'map_iou'),
+]
+
+
+class Recorder:
+  """Stands for absl.flags: keeps the defaults, defines nothing in this process."""
+
+  def __init__(self):
+    self.defaults = {}
+
+  def __getattr__(self, name):
+    return lambda flag, default, *_, **__: self.defaults.update({flag: default})
+
+
+@functools.cache
+def defaults():
+  """The command's flags."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_flags, 'flags', Recorder())
+    _flags.define_data_flags()
+    _flags.define_attack_flags()
+    return _flags.flags.defaults
+
+
+@pytest.fixture(scope='module')
+def victim(tmp_path_factory):
+  """Flags of a random net that gets 8 of 10 images right, spread over several classes."""
+  folder = tmp_path_factory.mktemp('victim')
+  rng = np.random.RandomState(0)
+  waves = np.sin(np.arange(SIZE).reshape(-1, 1, 1) * rng.uniform(0.1, 2, (3, 1, 1, 3)))
+  noise = rng.uniform(-1, 1, (10, SIZE, SIZE, 3))
+  image = np.uint8(127 + 80 * waves[np.arange(10) % 3] + 40 * noise)  # three kinds
+  module = nets.build('scene_resnet')
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+  tensors = numpy_weights(checkpoints.tensor_shapes(shapes), seed=1)
+  for shift in (True, False):
+    checkpoints.write_safetensors(folder / 'net.safetensors', tensors)
+    clf = checkpoints.load_classifier('scene_resnet', folder / 'net.safetensors')
+    logits = np.asarray(clf(from_uint8(image)).logits)
+    if shift:  # else all images are of one class
+      tensors['fc.bias'] = tensors['fc.bias'] - logits.mean(0)
+  label = logits.argmax(-1)
+  assert len(set(label[2:7].tolist())) == 3
+  label[:2] = (label[:2] + 1) % 10
+  np.savez(folder / 'data.npz', image=image, label=label)
+  return {
+    'dataset': 'npz',
+    'data_path': str(folder / 'data.npz'),
+    'image_size': SIZE,
+    'weights': str(folder / 'net.safetensors'),
+    'interpreters': ['cam'],
+    'epsilon': EPSILON,
+    'num_examples': 5,
+    'batch_size': 2,
+    'steps_s2': 4,
+    'seed': SEED,
+    'num_devices': 1,
+  }
+
+
+def run(victim, workdir, resume=False, **changes):
+  """The command in this process; what it has compiled serves the next test too."""
+  config = defaults() | victim | changes | {'workdir': str(workdir), 'resume': resume}
+  _flags.check(config)
+  attack.run(config, config['workdir'], resume)
+  return pathlib.Path(workdir)
+
+
+def command(flags, cwd):
+  """The command as a user runs it, on one device."""
+  tree = pathlib.Path(attack.__file__).parent.parent
+  arguments = [f'--{k}={",".join(v) if isinstance(v, list) else v}' for k, v in flags.items()]
+  env = os.environ | {'PYTHONPATH': str(tree), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.attack', *arguments],
+    cwd=cwd,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(victim, tmp_path_factory):
+  """A whole run, not to be written to."""
+  return run(victim, tmp_path_factory.mktemp('runs') / 'whole')
+
+
+def contents(workdir, *parts):
+  """{path: bytes} of the files below these parts of a workdir."""
+  found = [p for part in parts for p in [workdir / part, *(workdir / part).rglob('*')]]
+  return {str(p.relative_to(workdir)): p.read_bytes() for p in found if p.is_file()}
+
+
+def rows_of(workdir):
+  """The rows of metrics.json, times aside."""
+  rows = json.loads((workdir / 'metrics.json').read_text())['rows']
+  return [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_the_files_of_the_contract(finished):
+  """The first two images are misclassified, so ids 2 to 6 are attacked."""
+  names = [f'{i:06d}' for i in range(2, 7)]
+  images = {f'examples/{kind}/{i}.png' for kind in ('benign', 'pgd', 'adv2/cam') for i in names}
+  assert contents(finished, 'examples').keys() == images
+  kinds = ('target', 'benign', 'pgd', 'adv2')
+  assert contents(finished, 'maps').keys() == {
+    f'maps/{k}/cam/{i}.npy' for k in kinds for i in names
+  }
+  for name in ('metrics.json', 'examples.csv', 'report.html'):
+    assert (finished / name).stat().st_size > 0
+  assert list((finished / 'figures').glob('*.png'))
+  saved = np.load(finished / 'maps/adv2/cam/000002.npy')
+  assert saved.dtype == np.float32
+  assert saved.shape == (4, 4)
+
+
+def test_the_fields_of_metrics_json(finished):
+  told = json.loads((finished / 'metrics.json').read_text())
+  assert told['config'].keys() == defaults().keys()
+  assert {'jax', 'devices', 'commit'} <= told['environment'].keys()
+  assert [(r['interpreter'], r['attack']) for r in told['rows']] == [
+    ('cam', a) for a in ('benign', 'other', 'pgd', 'adv2')
+  ]
+  for row in told['rows']:
+    assert row.keys() >= FIELDS
+    assert {f'{field}_all' for field in FIELDS if field.startswith('map_')} <= row.keys()
+    assert row['n_skipped'] == 2
+    assert row['nonfinite'] == 0
+    if row['attack'] != 'other':
+      assert row['n'] == 5
+      assert row['out_of_set'] == 0
+  by_attack = {row['attack']: row for row in told['rows']}
+  assert by_attack['benign']['linf_max'] == by_attack['benign']['map_l1'] == 0
+  for name in ('pgd', 'adv2'):
+    assert 0 < by_attack[name]['linf_max'] <= EPSILON + 0.5 / 255
+    assert by_attack[name]['gradient_evaluations'] == 4
+    assert by_attack[name]['network_passes'] == 9  # 4 steps of 2, and the last iterate's check
+
+
+def test_each_line_of_examples_csv_is_true(finished, victim):
+  """Recomputed from the PNGs by the real net, in this test's own words."""
+  clf = checkpoints.load_classifier('scene_resnet', victim['weights'])
+  cam = interpreters.build('cam', SIZE)
+  labels = np.load(victim['data_path'])['label']
+  with open(finished / 'examples.csv', newline='') as file:
+    lines = list(csv.DictReader(file))
+  assert list(lines[0]) == COLUMNS
+  targets = (labels + np.random.RandomState(SEED).randint(1, 10, size=10)) % 10
+  shown = {'benign': labels, 'pgd': targets, 'adv2': targets}
+
+  @jax.jit
+  def judge(clf, x, y):
+    return jax.nn.softmax(clf(x).logits), cam.explain(clf, x, y, jax.random.key(0))
+
+  for kind, folder in (('benign', 'benign'), ('pgd', 'pgd'), ('adv2', 'adv2/cam')):
+    told = [line for line in lines if line['attack'] == kind]
+    ids = np.array([int(line['id']) for line in told])
+    np.testing.assert_array_equal(ids, range(2, 7))
+    column = {name: np.array([float(line[name]) for line in told]) for name in COLUMNS[3:]}
+    x = []
+    for i in ids:
+      with PIL.Image.open(finished / f'examples/{folder}/{i:06d}.png') as png:
+        x.append(from_uint8(np.asarray(png)))
+    p, m = judge(clf, np.stack(x), jnp.asarray(shown[kind][ids]))
+    saved, wanted = (
+      np.stack([np.load(finished / f'maps/{k}/cam/{i:06d}.npy') for i in ids])
+      for k in (kind, 'target')
+    )
+    np.testing.assert_array_equal(column['label'], labels[ids])
+    np.testing.assert_array_equal(column['target'], targets[ids])
+    np.testing.assert_array_equal(column['prediction'], p.argmax(-1))
+    np.testing.assert_array_equal(column['success'], p.argmax(-1) == targets[ids])
+    of_target = p[np.arange(5), targets[ids]]
+    np.testing.assert_allclose(column['confidence'], of_target, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(m, saved, atol=1e-4)
+    np.testing.assert_allclose(column['map_l1'], np.abs(m - wanted).mean((1, 2)), atol=1e-4)
+    np.testing.assert_allclose(column['map_iou'], metrics.map_iou(m, wanted), atol=1e-4)
+
+
+def test_other_images_are_of_the_same_predicted_class(finished, victim):
+  labels = np.load(victim['data_path'])['label']
+  with open(finished / 'examples.csv', newline='') as file:
+    others = [line for line in csv.DictReader(file) if line['attack'] == 'other']
+  assert others
+  for line in others:
+    assert int(line['prediction']) == labels[int(line['id'])]
+
+
+def test_the_attack_does_something(finished, victim):
+  """With steps enough both rows succeed more than chance; here: the target's probability rises."""
+  with open(finished / 'examples.csv', newline='') as file:
+    lines = list(csv.DictReader(file))
+  p = {
+    kind: np.array([float(r['confidence']) for r in lines if r['attack'] == kind])
+    for kind in ('benign', 'pgd', 'adv2')
+  }
+  assert (p['pgd'] > p['benign']).all()
+  assert p['adv2'].mean() > p['benign'].mean()
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('odd', [0, 1])
+def test_resume_makes_what_is_missing_byte_for_byte(finished, victim, tmp_path, odd, capsys):
+  """Half of the shards gone, as after a kill; those that are there are not made again."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  for name in ('metrics.json', 'examples.csv', 'report.html', 'history.json'):
+    (workdir / name).unlink()
+  records = sorted((workdir / 'shards').glob('*.json'))
+  assert len(records) >= 9
+  kept = {}
+  for i, record in enumerate(records):
+    shard = json.loads(record.read_text())
+    if i % 2 == odd:
+      record.unlink()
+      if shard['attack'] == 'adv2':
+        for example in shard['records']:
+          (workdir / f'examples/adv2/cam/{example["id"]:06d}.png').unlink()
+    else:
+      kept[record] = record.stat().st_mtime_ns
+  run(victim, workdir, resume=True)
+  parts = ('examples', 'maps', 'examples.csv')
+  assert contents(workdir, *parts) == contents(finished, *parts)
+  assert rows_of(workdir) == rows_of(finished)
+  assert {record: record.stat().st_mtime_ns for record in kept} == kept
+
+
+def test_resume_of_a_finished_run_attacks_nothing(finished, victim, tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  monkeypatch.setattr(attack.api, 'attack_batch', lambda *_, **__: pytest.fail('attacked again'))
+  run(victim, workdir, resume=True)
+  assert rows_of(workdir) == rows_of(finished)
+
+
+def test_an_existing_workdir_is_refused(finished, victim):
+  before = contents(finished, '.')
+  with pytest.raises(InputError, match='not empty; go on with that run by --resume'):
+    run(victim, finished)
+  assert contents(finished, '.') == before
+
+
+@pytest.mark.parametrize(
+  'change', [{'epsilon': 0.04}, {'seed': 4}, {'steps_s2': 5}, {'interpreters': ['cam', 'grad_cam']}]
+)
+def test_resume_with_another_config_is_refused(finished, victim, change):
+  before = contents(finished, '.')
+  flag = next(iter(change))
+  with pytest.raises(InputError, match=f'was made with --{flag}'):
+    run(victim, finished, resume=True, **change)
+  assert contents(finished, '.') == before
+
+
+@pytest.mark.slow
+def test_what_comes_out_does_not_depend_on_batches_and_devices(finished, victim, tmp_path):
+  """Sign steps: the images are equal to the byte; two devices, batches cut elsewhere."""
+  other = run(victim, tmp_path / 'run', batch_size=3, num_devices=2)
+  parts = ('examples/benign', 'examples/pgd', 'maps/target')
+  assert contents(other, parts[0], parts[1]) == contents(finished, parts[0], parts[1])
+  for name, content in contents(other, 'maps/adv2').items():
+    assert content[:128] == (finished / name).read_bytes()[:128]
+    np.testing.assert_allclose(np.load(other / name), np.load(finished / name), atol=1e-3)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def test_random_patch_targets(victim, tmp_path):
+  workdir = run(victim, tmp_path / 'run', target_map='random_patch', num_examples=2)
+  for i in (2, 3):
+    m = np.load(workdir / f'maps/target/cam/{i:06d}.npy')
+    np.testing.assert_array_equal(m, _targets.random_patch(SEED, i, (4, 4)))
+  assert {row['target_map'] for row in rows_of(workdir)} == {'random_patch'}
+
+
+def test_random_patches_are_circles_and_boxes_of_the_declared_size():
+  patches = np.stack([_targets.random_patch(0, i, (56, 56)) for i in range(60)])
+  assert set(np.unique(patches)) == {0.0, 1.0}
+  area = patches.mean((1, 2))
+  assert area.min() > 0.05
+  assert area.max() < 0.31
+  assert len(np.unique(area.round(3))) > 30
+  np.testing.assert_array_equal(patches[7], _targets.random_patch(0, 7, (56, 56)))
+  assert (_targets.random_patch(1, 7, (56, 56)) != patches[7]).any()
+
+
+def test_random_class_targets_are_maps_of_the_target_class(victim, tmp_path):
+  """The map of an image that is rightly taken for the target class, for that class."""
+  labels = np.load(victim['data_path'])['label']
+  wanted = sorted(set(labels[2:].tolist()))[:2]
+  file = tmp_path / 'targets.csv'
+  pairs = [(i, next(c for c in wanted if c != labels[i])) for i in range(2, 10)]
+  file.write_text('id,target\n' + ''.join(f'{i},{c}\n' for i, c in pairs))
+  workdir = run(
+    victim, tmp_path / 'run', target_map='random_class', target_label=str(file), num_examples=3
+  )
+  clf = checkpoints.load_classifier('scene_resnet', victim['weights'])
+  image = np.load(victim['data_path'])['image']
+  for i, c in pairs[:3]:
+    of_class = [j for j in range(2, 10) if labels[j] == c]
+    x, y = jnp.asarray(from_uint8(image[of_class])), jnp.full(len(of_class), c)
+    maps = np.asarray(jax.jit(interpreters.cam().explain)(clf, x, y, jax.random.key(0)))
+    target_map = np.load(workdir / f'maps/target/cam/{i:06d}.npy')
+    assert np.abs(maps - target_map).max((1, 2)).min() < 1e-4
+  with open(workdir / 'examples.csv', newline='') as lines:
+    assert {(int(r['id']), int(r['target'])) for r in csv.DictReader(lines)} == set(pairs[:3])
+
+
+def test_random_class_without_an_image_of_that_class(victim, tmp_path):
+  labels = np.load(victim['data_path'])['label']
+  absent = min(set(range(10)) - set(labels[2:].tolist()))
+  with pytest.raises(InputError, match=f'no correctly classified image of class {absent}'):
+    run(victim, tmp_path / 'run', target_map='random_class', target_label=str(absent))
+
+
+def test_least_likely_targets(victim, tmp_path):
+  workdir = run(victim, tmp_path / 'run', target_label='least_likely', num_examples=2)
+  clf = checkpoints.load_classifier('scene_resnet', victim['weights'])
+  x = from_uint8(np.load(victim['data_path'])['image'][2:4])
+  worst = np.argmin(clf(jnp.asarray(x)).logits, -1)
+  with open(workdir / 'examples.csv', newline='') as file:
+    found = {int(r['id']): int(r['target']) for r in csv.DictReader(file)}
+  assert found == {2: worst[0], 3: worst[1]}
+
+
+def write_maps(path, ids, **arrays):
+  np.savez(path, id=ids, **arrays)
+  return str(path)
+
+
+def test_given_targets(victim, tmp_path):
+  """A map is found by its example's id, not by its row."""
+  maps = np.random.RandomState(0).rand(4, 4, 4)
+  file = write_maps(tmp_path / 'maps.npz', [3, 9, 2, 4], cam=maps)
+  workdir = run(victim, tmp_path / 'run', target_map=file, num_examples=2)
+  for i, row in ((2, 2), (3, 0)):
+    found = np.load(workdir / f'maps/target/cam/{i:06d}.npy')
+    np.testing.assert_array_equal(found, maps[row].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+  ('ids', 'arrays', 'message'),
+  [
+    ([2, 3], {'cam': np.zeros((2, 4, 4))}, 'no target map for example 4'),
+    ([2, 3, 4, 5, 6], {'cam': np.zeros((5, 8, 8))}, r'maps of cam are \(8, 8\); expected \(4, 4\)'),
+    ([2, 3], {'grad': np.zeros((2, 4, 4))}, "no array 'cam'; it has: grad, id"),
+    ([2, 3], {'cam': np.zeros((3, 4, 4))}, 'expected one map per id'),
+    ([2, 3], {'cam': np.zeros((2, 16))}, 'expected one map per id'),
+    ([2], {'cam': np.array([[['x']]])}, 'expected one map per id'),
+    ([2], {'cam': np.full((1, 4, 4), 1.5)}, r'not within \[0,1\]'),
+    ([2], {'cam': np.full((1, 4, 4), np.nan)}, r'not within \[0,1\]'),
+  ],
+)
+def test_bad_given_targets(victim, tmp_path, monkeypatch, ids, arrays, message):
+  monkeypatch.setattr(attack.api, 'attack_batch', lambda *_, **__: pytest.fail('work was done'))
+  file = write_maps(tmp_path / 'maps.npz', ids, **arrays)
+  with pytest.raises(InputError, match=message):
+    run(victim, tmp_path / 'run', target_map=file)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('id,target\n2,{own}\n', 'target .* of example 2 is its true class'),
+    ('id,target\n2,10\n', r'line 2: target 10 is outside 0…9'),
+    ('id,target\n2,cat\n', r'line 2: 2,cat are not two whole numbers'),
+    ('id,target\n2\n', r'2,None are not two whole numbers'),
+    ('image,class\n2,3\n', r"starts with \['image', 'class'\]; expected the columns id,target"),
+    ('', 'expected the columns id,target'),
+    ('id,target\n9,{other}\n', 'no target for example 2; add a line 2,<class>'),
+  ],
+)
+def test_bad_target_files(victim, tmp_path, text, message):
+  labels = np.load(victim['data_path'])['label']
+  other = next(c for c in range(10) if c != labels[9])
+  file = tmp_path / 'targets.csv'
+  file.write_text(text.format(own=labels[2], other=other))
+  with pytest.raises(InputError, match=message):
+    run(victim, tmp_path / 'run', target_label=str(file))
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'epsilon': 0.0}, '--epsilon is 0.0; expected 0 < epsilon ≤ 1'),
+    ({'epsilon': 8.0}, '--epsilon is 8.0'),
+    ({'epsilon': float('nan')}, '--epsilon is nan'),
+    ({'num_examples': 0}, '--num_examples is 0; expected at least 1'),
+    ({'batch_size': -1}, '--batch_size is -1'),
+    ({'steps_s2': 0}, '--steps_s2 is 0'),
+    ({'steps_s1': -1}, '--steps_s1 is -1'),
+    ({'seed': -1}, '--seed is -1'),
+    ({'num_devices': 99}, '--num_devices is 99; this machine has 8'),
+    ({'model': 'vgg16'}, "--model 'vgg16' is unknown; expected one of .*resnet18"),
+    ({'interpreters': ['cam', 'lime']}, "interpreter 'lime' is unknown; expected one of grad, cam"),
+    ({'interpreters': []}, '--interpreters is'),
+    ({'interpreters': ['cam', 'cam']}, 'expected distinct names'),
+    ({'dataset': 'mnist'}, 'mnist.*scenes'),
+    ({'data_path': 'nowhere.npz'}, '--data_path nowhere.npz does not exist'),
+    ({'data_path': None}, '--dataset npz needs --data_path'),
+    ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
+    ({'target_map': 'circle'}, "--target_map is 'circle'; expected benign, random_class"),
+    ({'target_label': 'best'}, "--target_label is 'best'; expected random, least_likely"),
+    ({'target_label': '10'}, 'target 10 is outside 0…9'),
+    ({'mean': ['0.5', 'x', '0.5']}, '--mean is 0.5,x,0.5; expected numbers'),
+    ({'std': ['0.5', '0', '0.5']}, 'std is'),
+  ],
+)
+def test_bad_flags_are_told_before_anything_is_written(victim, tmp_path, change, message):
+  workdir = tmp_path / 'run'
+  with pytest.raises(InputError, match=message) as error:
+    run(victim, workdir, **change)
+  assert '\n' not in str(error.value)
+  assert not workdir.exists()
+
+
+def test_a_classifier_that_gets_nothing_right(victim, tmp_path):
+  arrays = dict(np.load(victim['data_path']))
+  wrong = np.where(np.arange(10) < 2, arrays['label'], (arrays['label'] + 5) % 10)
+  np.savez(tmp_path / 'data.npz', image=arrays['image'], label=wrong)
+  with pytest.raises(InputError, match=r'gets 0 of 10 images right.*check --weights'):
+    run(victim, tmp_path / 'run', data_path=str(tmp_path / 'data.npz'))
+
+
+def test_as_a_command_a_refusal_is_the_last_line_on_stderr(victim, tmp_path):
+  """Weights that would have to be unpickled; no traceback, nothing written, exit code not 0."""
+  (tmp_path / 'net.pth').write_bytes(b'\x80\x02}q\x00.')
+  done = command(victim | {'weights': 'net.pth', 'workdir': 'run'}, tmp_path)
+  assert done.returncode != 0
+  last = done.stderr.strip().splitlines()[-1]
+  assert 'net.pth' in last
+  assert 'experiments.convert' in last
+  assert 'Traceback' not in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [({'preset': 'quick'}, '--preset=quick'), ({'colour': 'red'}, "'colour'")],
+)
+def test_a_wrong_flag_is_the_last_line_on_stderr(tmp_path, flags, message):
+  done = command(flags, tmp_path)
+  assert done.returncode != 0
+  assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_help_lists_every_flag_and_exits_with_0(tmp_path):
+  done = command({'help': True}, tmp_path)
+  assert done.returncode == 0
+  for flag in defaults():
+    assert f'{flag}:' in done.stdout
+
+
+def test_half_a_weights_file(victim, tmp_path):
+  whole = pathlib.Path(victim['weights']).read_bytes()
+  half = tmp_path / 'half.safetensors'
+  half.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(InputError, match=r'half\.safetensors') as error:
+    run(victim, tmp_path / 'run', weights=str(half))
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_as_a_command_it_ends_with_the_table_and_the_report(victim, tmp_path):
+  """The same run in another process and directory, with defaults from the flags."""
+  done = command(victim | {'num_examples': 2, 'workdir': 'run'}, tmp_path)
+  assert done.returncode == 0, done.stderr
+  *table, last = done.stdout.strip().splitlines()
+  assert last == 'run/report.html'
+  assert any('| cam | adv2 | 2 |' in line for line in table)
+  config = json.loads((tmp_path / 'run/metrics.json').read_text())['config']
+  expected = defaults() | victim | {'num_examples': 2, 'workdir': 'run'}
+  assert config == expected
