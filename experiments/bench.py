@@ -33,7 +33,7 @@ from experiments import _bench_flags
 
 FLAGS = flags.FLAGS
 EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
-CHUNK = 2  # gradient evaluations per measurement
+CHUNK = 4  # gradient evaluations per measurement
 
 
 def random_variables(module: Any, image_size: int) -> PyTree:

@@ -54,14 +54,16 @@ def assert_equal(conv_results, reference_results):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-# One case for each form and its borders: 1×1, strided, padded 1×1; scattered, gathered and XLA's
-# own, by shape; the stems; odd sizes, even windows, more padding than window.
+# Each form and its borders: 1×1, strided, padded 1×1; Winograd, gathered, scattered and XLA's own,
+# by shape; the stems; odd sizes, even windows, more padding than window.
 CASES = [
   ((6, 5), (1, 1), 40, 24, 1, 0),
   ((7, 6), (1, 1), 5, 7, 2, 0),
   ((6, 6), (1, 1), 5, 7, 2, 1),
   ((32, 33), (3, 3), 32, 16, 1, 1),
   ((9, 8), (3, 3), 48, 64, 1, 1),
+  ((7, 7), (3, 3), 32, 40, 1, 3),
+  ((10, 6), (3, 3), 40, 32, 1, 0),
   ((9, 8), (3, 3), 64, 32, 2, 1),
   ((8, 8), (3, 3), 8, 48, 2, 1),
   ((8, 7), (3, 3), 16, 16, 1, 1),
@@ -84,7 +86,7 @@ def test_equals_xla_to_second_order(image, window, c, f, stride, padding):
 
 def test_the_cases_reach_every_form(monkeypatch):
   reached = set()
-  for name in ('_gather', '_scatter', '_xla', '_matmul'):
+  for name in ('_winograd', '_gather', '_scatter', '_xla'):
     form = getattr(layers, name)
 
     def spy(*args, form=form, name=name, **kwargs):
@@ -99,9 +101,9 @@ def test_the_cases_reach_every_form(monkeypatch):
     g = jax.eval_shape(functools.partial(layers._forward_cpu, shape), x, k)
     where = 'by_input'
     jax.eval_shape(functools.partial(layers._by_input_cpu, shape), g, k)
-  assert reached >= {
-    *((name, 'forward') for name in ('_gather', '_scatter', '_xla')),
-    *((name, 'by_input') for name in ('_scatter', '_xla')),
+  assert reached == {
+    *((name, 'forward') for name in ('_winograd', '_gather', '_xla')),
+    *((name, 'by_input') for name in ('_winograd', '_scatter', '_xla')),
   }
 
 
@@ -129,11 +131,11 @@ def test_any_stride_and_padding(height, width, window, c, f, stride, padding):
 
 def test_large_intermediates_fall_back_to_xla(monkeypatch):
   x, k = operands((9, 8), (3, 3), 64, 64)
-  plain = first_and_second_order(reference, 1, 1)(x, k)
+  plain = first_and_second_order(reference, 2, 1)(x, k)
   monkeypatch.setattr(layers, '_MAX_COLUMNS', 100)
   monkeypatch.delattr(layers, '_gather')
   monkeypatch.delattr(layers, '_scatter')
-  assert_equal(first_and_second_order(conv2d, 1, 1)(x, k), plain)
+  assert_equal(first_and_second_order(conv2d, 2, 1)(x, k), plain)
 
 
 def test_gradient_is_that_of_the_function():

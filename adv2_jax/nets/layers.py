@@ -1,11 +1,20 @@
 """The convolution and batch norm every net here is made of: torch's numbers, NHWC layout.
 
 Why `conv2d` does not stop at `lax.conv_general_dilated`: XLA's CPU backend brings a convolution
-into the layout of its fast kernel only in the entry computation. Inside `lax.scan`, where attacks
-live, the convolutions that autodiff makes (swapped kernel, reversed window) fall to a naive loop, 5
-times slower by the input and 75 times by the kernel; besides, the fast kernel runs most 1×1 and
-many 3×3 shapes on one core only. So on CPU each convolution and each of its derivatives is written
-as what runs fast there, mostly matrix products; on other platforms it stays XLA's own.
+into the layout of its fast kernel only in a program's entry computation. Inside `lax.scan`, where
+attacks live, the convolutions that autodiff makes (swapped kernel, reversed window) fall to a naive
+loop, 5 times slower by the input and up to 75 times by the kernel; besides, the fast kernel runs
+most 1×1 and many 3×3 shapes on one core only. So on CPU each convolution and each of its
+derivatives is written as what runs fast there:
+
+    1×1                               one matrix product
+    3×3, stride 1, ≥ 32 channels      Winograd's: 16 products in place of 36
+    others, ≥ 32 channels deep        one product, after or before moving pixels
+    few channels; by the kernel       XLA's, in the layout of its fast kernel
+
+ResNet-50 at 224 pixels, batch 4, two cores, in a scan: a first-order attack step takes 0.4 of the
+processor time it took with XLA's convolutions, and 0.8 of what eager PyTorch takes. On other
+platforms it is XLA's convolution that is lowered, derivatives included.
 """
 
 import functools
