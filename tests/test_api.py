@@ -12,9 +12,10 @@ from adv2_jax.types import InputError
 
 CLF = tiny.classifier()
 CAM = adv2.interpreters.cam()
+EXPLAIN = jax.jit(CAM.explain)
 X = tiny.images(3)
-LABEL = jnp.argmax(CLF(X).logits, -1)
-TARGET = jnp.argsort(CLF(X).logits)[:, -2]  # the runner-up
+LABEL = jnp.argmax(tiny.outputs(CLF, X).logits, -1)
+TARGET = jnp.argsort(tiny.outputs(CLF, X).logits)[:, -2]  # the runner-up
 KEY = jax.random.key(0)
 
 
@@ -39,11 +40,12 @@ def test_the_call_of_the_front_page():
   clf = adv2.from_fn(params, apply, head, lambda p, x: apply(p, x, adv2.nets.soft_relu))
   adv2.check_classifier(clf, X)
   interpreter = adv2.interpreters.cam()
-  target = jnp.argsort(clf(X).logits)[:, -2]
-  wanted = interpreter.explain(clf, X, jnp.argmax(clf(X).logits, -1), KEY)
+  explain = jax.jit(interpreter.explain)
+  target = jnp.argsort(tiny.outputs(clf, X).logits)[:, -2]
+  wanted = explain(clf, X, jnp.argmax(tiny.outputs(clf, X).logits, -1), KEY)
   result = adv2.attack(clf, interpreter, X, target=target, target_map=wanted, epsilon=0.3, steps=30)
   assert result.success.all()
-  before = interpreter.explain(clf, X, target, KEY)
+  before = explain(clf, X, target, KEY)
   closer = adv2.metrics.map_l1(result.maps, wanted) < adv2.metrics.map_l1(before, wanted)
   assert closer.all()
 
@@ -54,11 +56,13 @@ def test_the_result_is_judged_on_the_image_it_delivers():
   np.testing.assert_array_equal(images.from_uint8(np.round(levels)), result.x)
   assert float(jnp.abs(result.x - X).max()) <= 0.031 + 0.5 / 255 + 1e-6
   assert (np.abs(result.x - X).max((1, 2, 3)) > 0.02).all()
-  np.testing.assert_allclose(result.logits, CLF(result.x).logits, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    result.logits, tiny.outputs(CLF, result.x).logits, rtol=1e-4, atol=1e-5
+  )
   np.testing.assert_array_equal(result.success, jnp.argmax(result.logits, -1) == TARGET)
-  maps = CAM.explain(CLF, result.x, TARGET, KEY)
+  maps = EXPLAIN(CLF, result.x, TARGET, KEY)
   np.testing.assert_allclose(result.maps, maps, atol=1e-5)
-  benign = CAM.explain(CLF, X, LABEL, KEY)  # the target map that is taken when none is given
+  benign = EXPLAIN(CLF, X, LABEL, KEY)  # the target map that is taken when none is given
   terms = result.terms
   np.testing.assert_allclose(terms.interpretation, ((maps - benign) ** 2).mean((1, 2)), atol=1e-5)
   nll = -jax.nn.log_softmax(result.logits)[jnp.arange(3), TARGET]
@@ -105,7 +109,11 @@ def test_a_second_call_traces_nothing():
 
 
 def test_keys_decide_the_noise_and_the_default_is_fixed():
-  interpreter = adv2.interpreters.smooth_grad(pool=2, samples=1)
+
+  def noise(params, clf, x, y, keys):
+    return jax.vmap(lambda k: jax.random.uniform(k, (2, 2)))(keys), None
+
+  interpreter = adv2.interpreters.from_map(noise)
   attack = lambda key: adv2.attack(CLF, interpreter, X, target=TARGET, steps=2, key=key).maps  # noqa: E731
   np.testing.assert_array_equal(attack(None), attack(jax.random.key(0)))
   assert np.abs(attack(jax.random.key(1)) - attack(None)).max() > 1e-3

@@ -1,5 +1,7 @@
 """The attack loop: against hand-computed steps and known optima, and that no row sees another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import tiny
 
 from adv2_jax import interpreters, losses, optimisers
-from adv2_jax.attack import adv2, never, no_map, pgd, run, run_chunk, staged, success, track_best
+from adv2_jax.attack import adv2, never, pgd, run, run_chunk, staged, success, track_best
+from adv2_jax.interpreters.base import no_map
 from adv2_jax.perturbations import linf_ball
 from adv2_jax.types import Interpreter, Unrolled
 
@@ -27,16 +30,26 @@ def joint(clf=CLF, interpreter=None, ball=BALL, tx=SIGN, weight=10.0, **options)
   return adv2(clf, interpreter, ball, tx, weight=weight, key=KEY, **options)
 
 
+@functools.cache
+def program(make, steps, every):
+  return jax.jit(lambda clf, batch: run(staged((make(clf), steps)), batch, every=every))
+
+
 def attack_with(make, batch, steps, every=1, clf=CLF):
   """(delta, [snapshots of the stage]) of the attack `make(clf)`."""
-  return jax.jit(lambda clf, batch: run(staged((make(clf), steps)), batch, every=every))(clf, batch)
+  return program(make, steps, every)(clf, batch)
+
+
+@functools.cache
+def parts(make):
+  attack = make(CLF)
+  return tuple(jax.jit(lambda *given, f=f: f(*given)) for f in (attack.init, attack.step))
 
 
 def every_step(make, batch, steps):
   """The state before each step, and after the last, and what each step saw; on the host."""
-  attack = make(CLF)
-  step = jax.jit(lambda batch, state: attack.step(batch, state))
-  states, seen = [attack.init(batch, None)], []
+  init, step = parts(make)
+  states, seen = [init(batch)], []
   for _ in range(steps):
     state, snapshot = step(batch, states[-1])
     states.append(state)
@@ -116,7 +129,7 @@ def test_balance_weighs_each_example_and_is_no_loss_of_its_own():
 
 
 def test_both_losses_fall():
-  batch = BATCH._replace(target=jnp.argsort(CLF(X).logits)[:, -2])
+  batch = BATCH._replace(target=jnp.argsort(tiny.outputs(CLF, X).logits)[:, -2])
   _, (seen,) = attack_with(lambda clf: joint(clf, weight=5.0), batch, 60, every=10)
   assert success(batch, jax.tree.map(lambda v: v[-1], seen)).all()
   final = jax.tree.map(lambda v: v[-1] / v[0], seen.terms)
@@ -166,7 +179,12 @@ def test_an_example_does_not_see_the_others(tx):
 
 def test_the_result_does_not_depend_on_how_the_set_was_cut():
   """Random starts and an interpreter's noise belong to the example's id, not to its place."""
-  noisy = interpreters.smooth_grad(pool=2, samples=1)
+
+  def weighed_by_noise(params, clf, x, y, keys):
+    noise = jax.vmap(lambda k: jax.random.uniform(k, (8, 8)))(keys)
+    return noise * x[:, ::2, ::2].mean(-1), None
+
+  noisy = interpreters.from_map(weighed_by_noise)
   ball = linf_ball(0.1, random_start=True)
   make = lambda clf: joint(clf, noisy, ball)  # noqa: E731
   whole, _ = attack_with(make, BATCH, 2)
@@ -254,7 +272,7 @@ def test_several_maps_and_several_interpreters():
 
 def test_the_classifier_runs_where_an_interpreter_gives_no_logits():
   given, (seen,) = attack_with(lambda clf: joint(clf, KEEPER), BATCH, 1)
-  np.testing.assert_allclose(seen.logits[0], CLF(X).logits, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(seen.logits[0], tiny.outputs(CLF, X).logits, rtol=1e-4, atol=1e-5)
   assert given.any()
 
 

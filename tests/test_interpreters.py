@@ -37,16 +37,16 @@ def wanted(maps):
 
 @functools.cache
 def attacked(name):
-  """(clf, x, weights [B]) -> the map in the attack, and the gradient of Σ weight · map_mse."""
+  """(clf, x, weights [B]) -> what `unroll` gives, and the gradient of Σ weight · map_mse."""
   interpreter = interpreters.build(name, tiny.SIZE)
 
   @jax.jit
   def run(clf, x, weights):
     def loss(x):
-      maps = interpreter.unroll(clf, x, Y, interpreter.begin(clf, x, Y, KEYS), KEYS).maps
-      assert maps.ndim == 4
-      assert len(maps) == 1
-      return jnp.sum(weights * losses.map_mse(maps[0], wanted(maps[0]))), maps[0]
+      seen = interpreter.unroll(clf, x, Y, interpreter.begin(clf, x, Y, KEYS), KEYS)
+      assert seen.maps.ndim == 4
+      (maps,) = seen.maps
+      return jnp.sum(weights * losses.map_mse(maps, wanted(maps))), seen
 
     return jax.grad(loss, has_aux=True)(x)[::-1]
 
@@ -97,7 +97,7 @@ def test_the_map_s_gradient_is_finite_and_not_zero_and_stays_in_its_row(name):
 def test_the_map_in_the_attack_is_the_real_one_where_it_says_so(name):
   """`exact` is trusted when the best iterate is chosen; the others must come close."""
   real = explain(name)(CLF, X, Y, KEYS)
-  error = np.abs(attacked(name)(CLF, X, jnp.ones(4))[0] - real)
+  error = np.abs(attacked(name)(CLF, X, jnp.ones(4))[0].maps[0] - real)
   if interpreters.build(name, tiny.SIZE).exact:
     assert error.max() < 1e-5
   else:
@@ -109,18 +109,17 @@ def test_one_trace_for_two_batches(name):
   clf, traces = tiny.counted(CLF)
   interpreter = interpreters.build(name, tiny.SIZE)
   run = jax.jit(lambda clf, x, y, keys: interpreter.explain(clf, x, y, keys))
-  run(clf, X, Y, KEYS)
+  jax.eval_shape(run, clf, X, Y, KEYS)
   once = len(traces)
-  run(clf, X[::-1], Y[::-1], KEYS[::-1])
+  jax.eval_shape(run, clf, X[::-1], Y[::-1], KEYS[::-1])
   assert len(traces) == once > 0
 
 
 @every_interpreter
 def test_the_logits_beside_the_map_are_the_classifier_s(name):
   """The attack takes its prediction loss from them."""
-  interpreter = interpreters.build(name, tiny.SIZE)
-  seen = jax.jit(lambda clf, x: interpreter.unroll(clf, x, Y, (), KEYS))(CLF, X)
-  np.testing.assert_allclose(seen.logits, CLF(X).logits, rtol=1e-4, atol=1e-5)
+  seen = attacked(name)(CLF, X, jnp.ones(4))[0]
+  np.testing.assert_allclose(seen.logits, tiny.outputs(CLF, X).logits, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(seen.extra, np.zeros(4))
 
 
@@ -197,7 +196,7 @@ def test_second_order_gradient_against_finite_differences(of):
   def loss(x):
     return losses.map_sse(interpreter.unroll(clf, x, Y, (), KEY).maps[0], target)
 
-  real = losses.map_sse(interpreter.explain(clf, X, Y, KEY), target)
+  real = losses.map_sse(jax.jit(interpreter.explain)(clf, X, Y, KEY), target)
   np.testing.assert_allclose(loss(X), real, rtol=1e-4)
   g = np.float64(jax.grad(lambda x: loss(x).sum())(X))
   direction = g / np.linalg.norm(g.reshape(4, -1), axis=1).reshape(4, 1, 1, 1)
@@ -210,7 +209,7 @@ def test_second_order_gradient_against_finite_differences(of):
 
 
 def raw_cam():
-  features = np.float64(CLF(X).taps['features'])
+  features = np.float64(tiny.outputs(CLF, X).taps['features'])
   weights = np.float64(CLF.params['params']['fc']['kernel'])[:, Y]  # [F,B]
   return np.einsum('bhwf,fb->bhw', features, weights)
 
@@ -249,7 +248,7 @@ def test_integrated_gradients_are_complete():
   """They sum to z(x) − z(0): a wrong path, weight or end point would show."""
   attribute = jax.jit(lambda clf, x: path_attribution(lambda v: clf(v).logits, x, Y, 64))
   total = attribute(CLF, X).sum((1, 2, 3))
-  ends = [np.float64(class_logit(CLF(x).logits)) for x in (X, 0 * X)]
+  ends = [np.float64(class_logit(tiny.outputs(CLF, x).logits)) for x in (X, 0 * X)]
   np.testing.assert_allclose(total, ends[0] - ends[1], rtol=0.02, atol=0.01)
 
 
@@ -261,7 +260,8 @@ def test_on_a_linear_model_both_are_input_times_weight():
     interpreters.input_x_gradient(pool=1),
     interpreters.integrated_gradients(pool=1, steps=3),
   ):
-    np.testing.assert_allclose(interpreter.explain(clf, x, Y, KEY), expected, atol=1e-5)
+    maps = jax.jit(interpreter.explain)(clf, x, Y, KEY)
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
 
 
 def test_smooth_grad_without_noise_is_grad_of_the_logit():

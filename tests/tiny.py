@@ -1,5 +1,6 @@
 """Classifiers small enough to compile in a blink, and what tests of the attack need around them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,15 @@ class TinyNet(nn.Module):
     return self.fc(features.mean((1, 2)) if self.pools else features.reshape(len(features), -1) / 8)
 
 
+@functools.cache
 def classifier(seed: int = 0, **fields: Any) -> Classifier:
   """A random `TinyNet`; `pools=False` makes its head flatten, `act` another activation."""
   module = TinyNet(**fields)
-  variables = module.init(jax.random.key(seed), jnp.zeros((1, SIZE, SIZE, 3)))
+  variables = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, SIZE, SIZE, 3)))
   return from_linen(module, variables, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+outputs = jax.jit(Classifier.__call__)  # op by op it takes longer
 
 
 def linear_classifier(seed: int = 0, size: int = 4, classes: int = CLASSES) -> Classifier:
