@@ -10,7 +10,7 @@ attack: $(VENV)/.installed
 	$(PY) -m experiments.attack $(ARGS)
 
 test: $(VENV)/.test
-	$(PY) -m pytest -m "not slow and not real and not gpu" $(ARGS)
+	$(PY) -m pytest -n auto -m "not slow and not real and not gpu" $(ARGS)
 
 slow: $(VENV)/.test
 	$(PY) -m pytest -m "slow or real" $(ARGS)
