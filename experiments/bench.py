@@ -109,8 +109,7 @@ def torch_side(tensors: Mapping[str, np.ndarray]) -> Callable[..., Any] | None:
   except ImportError:
     return None
   device = 'cuda' if jax.default_backend() == 'gpu' and _torch_step.has_cuda() else 'cpu'
-  mean, std = (np.float32(v) for v in (IMAGENET_MEAN, IMAGENET_STD))
-  return _torch_step.make(FLAGS.model, tensors, mean, std, FLAGS.dtype, device)
+  return _torch_step.make(FLAGS.model, tensors, IMAGENET_MEAN, IMAGENET_STD, FLAGS.dtype, device)
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
@@ -139,7 +138,8 @@ def matmul_flops(n: int, dtype: Any) -> float:
 
 def forward_flops(clf: Classifier, x: jax.Array) -> float:
   """Operations of one forward pass as XLA counts them: 2 for each multiply-add."""
-  return jax.jit(clf.apply_fn).lower(clf.params, x).cost_analysis()['flops']
+  cost = jax.jit(clf.apply_fn).lower(clf.params, x).cost_analysis()
+  return float((cost or {}).get('flops', np.nan))
 
 
 def bench() -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import os
 import pathlib
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
