@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from adv2_jax import nets
+from adv2_jax import images, nets
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.types import InputError, PyTree
 
@@ -351,7 +350,7 @@ def _pickle_error(path: str | os.PathLike) -> InputError:
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> str:
   """Writes the tensors, the whole file or nothing, and returns the file's sha256."""
   content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
-  _write_atomically(pathlib.Path(path), content)
+  images.write_atomic(path, content)
   return _sha256(content)
 
 
@@ -372,19 +371,7 @@ def save_checkpoint(path: str | os.PathLike, variables: PyTree, card: Mapping[st
   half = {k: v.astype(np.float16) if v.ndim > 1 else v for k, v in tensors.items()}
   sha256 = write_safetensors(path, half)
   text = json.dumps({**card, 'sha256': sha256}, indent=2) + '\n'
-  _write_atomically(path.with_suffix('.json'), text.encode())
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
-    try:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-      os.replace(file.name, path)
-    except BaseException:
-      os.unlink(file.name)
-      raise
+  images.write_atomic(path.with_suffix('.json'), text.encode())
 
 
 # --- classifiers ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from absl import app, flags
 from adv2_jax import images, metrics, report, store
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, InputError, Interpreter
-from experiments import attack
+from experiments import _setup, attack
 
 FLAGS = flags.FLAGS
 # What another device may change. IoU is a count of cells, and one cell may cross the threshold.
@@ -44,7 +44,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
     Disagreement: an example's record, a stored map or a row says something else.
   """
   results = report.read_results(workdir)
-  clf, built = attack.models(results.config)
+  clf, built = _setup.models(results.config)
   rows = []
   for name, interpreter in built.items():
     attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from adv2_jax import checkpoints, data, images, metrics, nets, store
-from experiments import attack, evaluate
+from experiments import _setup, attack, evaluate
 
 N = 5
 
@@ -36,7 +36,7 @@ def honest(tmp_path_factory):
     'seed': 7,
   }
   workdir = store.Workdir.create(folder / 'run', config)
-  clf, built = attack.models(config)
+  clf, built = _setup.models(config)
   clean = data.scenes('test', N).images(np.arange(N))
   noise = np.random.RandomState(0).randint(-8, 9, clean.shape)
   attacked = np.clip(clean.astype(int) + noise, 0, 255).astype(np.uint8)

@@ -1,0 +1,223 @@
+"""What a run works on: classifier, interpreters, examples with their targets, in batches."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adv2_jax import api, checkpoints, data, images, interpreters, metrics, nets
+from adv2_jax.classifier import Classifier
+from adv2_jax.types import Array, Batch, InputError, Interpreter, Key, Map
+from experiments import _flags, _targets
+
+
+class Setup(NamedTuple):
+  """What the flags stand for."""
+
+  config: dict[str, Any]
+  clf: Classifier
+  interpreters: dict[str, Interpreter]
+  dataset: data.Dataset
+  target_of: Callable[[int, int], int]  # (id, least likely class) -> target class
+
+
+class Examples(NamedTuple):
+  """The examples to attack, [N]."""
+
+  id: np.ndarray
+  label: np.ndarray
+  target: np.ndarray
+  other: np.ndarray  # id of another image of the same predicted class; −1 where none was met
+  donor: np.ndarray  # id of a correctly classified image of the target class; −1 unless asked for
+  num_skipped: int
+
+
+class Shard(NamedTuple):
+  """One batch on the device, filled up with padding rows, and what its images are judged with."""
+
+  id: np.ndarray
+  other: np.ndarray
+  donor: np.ndarray
+  is_real: np.ndarray
+  batch: Batch  # without a target map: that depends on the interpreter
+  label: Array
+  keys: Key
+  mask: np.ndarray | None
+
+
+def image_size(config: Mapping[str, Any]) -> int:
+  """The side in pixels: the flag, or what the model was designed for."""
+  return config['image_size'] or nets.DEFAULTS[config['model']].image_size
+
+
+def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
+  """The classifier and the interpreters of a config."""
+  clf = checkpoints.load_classifier(
+    config['model'],
+    config['weights'],
+    mean=_flags.floats(config['mean'], 'mean'),
+    std=_flags.floats(config['std'], 'std'),
+    dtype=config['dtype'],
+  )
+  size = image_size(config)
+  return clf, {name: interpreters.build(name, size) for name in config['interpreters']}
+
+
+def load(config: dict[str, Any]) -> Setup:
+  """Classifier, interpreters and data of a config; InputError before any work is done."""
+  size = image_size(config)
+  clf, built = models(config)
+  dataset = data.load(
+    config['dataset'],
+    config['data_path'],
+    image_size=size,
+    split=config['split'],
+    label_key=config['label_key'],
+    masks=config['masks'],
+    skip_corrupt=config['skip_corrupt'],
+  )
+  shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
+  dataset.check_classes(shape[-1])
+  labels = dataset.labels
+  target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1])
+  return Setup(config, clf, built, dataset, target_of)
+
+
+def devices_of(config: dict[str, Any]) -> list[jax.Device]:
+  """The local devices that share a batch."""
+  return jax.local_devices()[: config['num_devices']]
+
+
+@jax.jit
+def _predict(clf: Classifier, x: Array) -> tuple[Array, Array]:
+  logits = clf(x).logits
+  return jnp.argmax(logits, axis=-1), jnp.argmin(logits, axis=-1)
+
+
+def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
+  """(id, predicted class, least likely class) one after the other, computed in batches."""
+  size = setup.config['batch_size']
+  for start in range(0, len(ids), size):
+    some = ids[start : start + size]
+    x = images.from_uint8(setup.dataset.images(np.resize(some, size)))
+    best, worst = (np.asarray(v)[: len(some)].tolist() for v in _predict(setup.clf, x))
+    yield from zip(some.tolist(), best, worst, strict=True)
+
+
+def select(setup: Setup) -> Examples:
+  """The first N examples, in data-set order, that are classified correctly and have a target.
+
+  An example whose class is the `--target_label` is passed over, and counted as skipped.
+  """
+  c, true, target_of = setup.config, setup.dataset.labels, setup.target_of
+  chosen: list[int] = []
+  targets: list[int] = []
+  met: dict[int, list[int]] = {}  # predicted class -> ids
+  seen = 0
+  for i, best, worst in predictions(setup, setup.dataset.ids):
+    met.setdefault(best, []).append(i)
+    seen += 1
+    if best == true[i] and (target := target_of(i, worst)) != true[i]:
+      chosen.append(i)
+      targets.append(target)
+    if len(chosen) == c['skip_examples'] + c['num_examples']:
+      break
+  if len(chosen) <= c['skip_examples']:
+    raise InputError(
+      f'the classifier gets {len(chosen)} of {seen} images right, none beyond --skip_examples '
+      f'{c["skip_examples"]}: check --weights, --mean, --std and --label_key'
+    )
+  chosen, targets = chosen[c['skip_examples'] :], targets[c['skip_examples'] :]
+  others = [_next(met[int(true[i])], i) for i in chosen]
+  donors = [-1] * len(chosen)
+  if c['target_map'] == 'random_class':
+    of_class = {target: _donor(setup, target) for target in sorted(set(targets))}
+    donors = [of_class[target] for target in targets]
+  ints = functools.partial(np.array, dtype=np.int32)
+  columns = ints(chosen), true[chosen], ints(targets), ints(others), ints(donors)
+  return Examples(*columns, seen - c['skip_examples'] - len(chosen))
+
+
+def _next(ids: list[int], i: int) -> int:
+  """The id after i, cyclically; −1 when there is no other."""
+  return ids[(ids.index(i) + 1) % len(ids)] if len(ids) > 1 else -1
+
+
+def _donor(setup: Setup, target: int) -> int:
+  candidates = setup.dataset.ids[setup.dataset.labels[setup.dataset.ids] == target]
+  for i, best, _ in predictions(setup, candidates):
+    if best == target:
+      return i
+  raise InputError(
+    f'--target_map random_class: no correctly classified image of class {target} in the data set; '
+    'choose other targets with --target_label, or --target_map random_patch'
+  )
+
+
+def shards(setup: Setup, examples: Examples, rows: np.ndarray) -> Iterator[Shard]:
+  """These rows of the examples in batches of equal shape; the last is filled by padding rows."""
+  config, devices = setup.config, devices_of(setup.config)
+  per_device = min(config['batch_size'], -(-len(examples.id) // len(devices)))
+  size = per_device * len(devices)
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
+  over_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  place = functools.partial(jax.device_put, device=over_data)
+  for start in range(0, len(rows), size):
+    some = rows[start : start + size]
+    padded = np.resize(some, size)
+    is_real = np.arange(size) < len(some)
+    ids = examples.id[padded]
+    x = images.from_uint8(setup.dataset.images(ids))
+    batch = Batch(place(ids), place(x), place(examples.target[padded]), None, place(is_real))
+    yield Shard(
+      ids,
+      examples.other[padded],
+      examples.donor[padded],
+      is_real,
+      batch,
+      place(examples.label[padded]),
+      place(metrics.judge_keys(config['seed'], ids)),
+      _masks(setup.dataset, ids, x.shape[1:3]),
+    )
+
+
+def _masks(dataset: data.Dataset, ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+  """bool[B,H,W], empty where an example has none; None when no example of the set has any."""
+  if dataset.mask_of is None:
+    return None
+  masks = [dataset.mask(i) for i in ids]
+  return np.stack([np.zeros(shape, bool) if m is None else m for m in masks])
+
+
+def target_map(setup: Setup, shard: Shard, name: str, clean: Map, given: dict) -> Map:
+  """The map that the attack on interpreter `name` wants, f32[B,h,w]; `clean` is the benign one."""
+  kind = setup.config['target_map']
+  if kind == 'benign':
+    return clean
+  if kind == 'random_patch':
+    seed, shape = setup.config['seed'], clean.shape[1:]
+    return jnp.asarray([_targets.random_patch(seed, int(i), shape) for i in shard.id])
+  if kind == 'random_class':
+    x = images.from_uint8(setup.dataset.images(shard.donor))
+    return api.explain(setup.clf, setup.interpreters[name], x, shard.batch.target, shard.keys)
+  return jnp.asarray(np.stack([given[name][int(i)] for i in shard.id]))
+
+
+def check_given_maps(setup: Setup, examples: Examples, given: dict) -> None:
+  """InputError where a map of FILE.npz is missing or does not fit."""
+  file, size = setup.config['target_map'], image_size(setup.config)
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  y = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for name, maps in given.items():
+    shape = jax.eval_shape(
+      setup.interpreters[name].explain, setup.clf, x, y, jax.random.key(0)
+    ).shape[1:]
+    for i in examples.id.tolist():
+      if i not in maps:
+        raise InputError(f'{file} has no target map for example {i}; add it to `id` and `{name}`')
+      if maps[i].shape != shape:
+        raise InputError(f'{file}: maps of {name} are {maps[i].shape}; expected {shape}')
