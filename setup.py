@@ -29,7 +29,7 @@ setuptools.setup(
     'absl-py>=2.1',
     'tensorflow-datasets>=4.9.9',
     'safetensors>=0.5',
-    'huggingface_hub>=0.30',
+    'huggingface_hub>=1.0',
     'orbax-checkpoint>=0.12',
     'pillow>=11.0',
     'matplotlib>=3.9',

@@ -12,7 +12,7 @@ is composed around them:
     attack   = adv2(clf, interpreter, perturbation, tx, weight=λ(step), key=key)
     attack   = track_best(attack, score)                 # deliver the best image met, not the last
     schedule = staged((pgd(...), 300), (attack, 1200))   # a warm start, then the joint loss
-    delta, history = run(schedule, batch, every=10)      # lax.scan over steps
+    delta, history = run(schedule, batch, every=10)      # all steps in one program
 
 Nothing here is jitted and nothing is reduced over the batch: each example has its own loss, its own
 optimiser state (optax is vmapped), its own random numbers, and can stop on its own. Call these

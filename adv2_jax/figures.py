@@ -1,6 +1,5 @@
 """The report's figures, as matplotlib `Figure`s without pyplot's global state."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,28 +100,21 @@ def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | 
 
 _CURVES = {
   'success': ('Success rate', 'linear'),
-  'map_l1': ('Map L1 to the target map', 'linear'),
   'prediction': ('Prediction loss', 'log'),
   'interpretation': ('Interpretation loss', 'log'),
 }
 
 
 def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
-  """Success, map distance and both losses over gradient evaluations.
+  """Success and both losses over gradient evaluations.
 
   Colour is the attack, line style the interpreter. A quantity that no run recorded is left out.
   """
   names = [n for n in _CURVES if any(_known(c.get(n, ())) for c in history.values())]
   names = names or ['success']
   interpreters = list(dict.fromkeys(key.partition('/')[2] for key in history))
-  across = len(names) if len(names) <= 3 else 2
-  down = math.ceil(len(names) / across)
-  figure = Figure(
-    figsize=(max(5, 10 if across == 2 else 3.6 * across), 3.1 * down + 0.6),
-    dpi=140,
-    layout='constrained',
-  )
-  axes = figure.subplots(down, across, squeeze=False).ravel()
+  figure = Figure(figsize=(max(5, 3.6 * len(names)), 3.7), dpi=140, layout='constrained')
+  axes = figure.subplots(1, len(names), squeeze=False)[0]
   for axis, name in zip(axes, names, strict=False):
     title, scale = _CURVES[name]
     for key, curve in history.items():
@@ -150,8 +142,6 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
     axis.set_xlim(left=0)
     if name == 'success':
       axis.set_ylim(-0.03, 1.03)
-    elif scale == 'linear':
-      axis.set_ylim(bottom=0)
   handles, labels = axes[0].get_legend_handles_labels()
   if handles:
     figure.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)))

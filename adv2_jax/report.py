@@ -23,7 +23,6 @@ from adv2_jax import figures, images, store
 from adv2_jax.overlay import overlay
 
 _GALLERY_ROWS = 6
-_FILES = ('metrics.json', 'examples.csv', 'history.json', 'examples', 'maps', 'flows', 'figures')
 _PICTURE_SIDE = 224  # larger pictures are shrunk for the page
 _NUMBERS = ('id', 'label', 'target', 'prediction', 'confidence', 'success', 'map_l1', 'map_iou')
 

@@ -17,7 +17,6 @@ import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import optax
 import tqdm
@@ -233,7 +232,7 @@ def load_state(path: pathlib.Path, template: PyTree) -> PyTree:
   """
   try:
     state = flax.serialization.from_bytes(template, path.read_bytes())
-  except (ValueError, KeyError, msgpack.exceptions.UnpackException) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{path} is damaged or of another model ({error}): start anew') from None
   shapes = jax.tree.map(lambda a, b: np.shape(a) == np.shape(b), template, state)
   if not all(jax.tree.leaves(shapes)):

@@ -53,7 +53,7 @@ class Unrolled(NamedTuple):
 
 
 class Interpreter(flax.struct.PyTreeNode):
-  """An attribution method, as pure functions of its own params; `interpreters.from_fn` builds one.
+  """An attribution method, as pure functions of its own params; `interpreters.from_map` builds one.
 
   Attributes:
     params: the interpreter's own weights (RTS: the decoder), () otherwise.

@@ -210,9 +210,11 @@ def test_bad_states_are_refused(tmp_path):
   _, other, _ = make_run(5, module=Linear())
   with pytest.raises(InputError, match='damaged or of another model'):
     training.load_state(path, other)
-  path.write_bytes(path.read_bytes()[:200])
-  with pytest.raises(InputError, match='damaged'):
-    training.load_state(path, state)
+  whole = path.read_bytes()
+  for damaged in (whole[:200], b'', b'\x01', bytes([0xC1]) + whole, whole[:60] + whole[90:]):
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match='damaged'):
+      training.load_state(path, state)
 
 
 # --- the command ----------------------------------------------------------------------------------
