@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,13 +49,13 @@ FREE_FLAGS = frozenset(
   {
     'workdir',
     'resume',
-    'batch_size',
     'num_devices',
     'coordinator',
     'process_id',
     'num_processes',
   }
 )
+RESUME = 'make room or choose a writable --workdir, then go on with --resume'
 
 
 def image_folder(attack: str, interpreter: str) -> str:
@@ -72,14 +73,13 @@ class StoreError(InputError):
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path, remedy: str = RESUME) -> Iterator[None]:
   """Turns the operating system's refusals into one line."""
   try:
     yield
   except OSError as error:
     raise StoreError(
-      f'cannot write {error.filename or path}: {error.strerror or error}; '
-      'make room or choose a writable --workdir, then go on with --resume'
+      f'cannot write {error.filename or path}: {error.strerror or error}; {remedy}'
     ) from error
 
 
@@ -152,7 +152,7 @@ def _sync_directory(path: pathlib.Path) -> None:
 
 
 class Workdir(NamedTuple):
-  """A working directory; made by `create`, or by `open` for reading.
+  """A working directory; made by `create`.
 
   Attributes:
     path: where it is.
@@ -176,37 +176,14 @@ class Workdir(NamedTuple):
       resume: allow a directory that already holds a run of the same config.
 
     Raises:
-      StoreError: the directory holds something and `resume` is False; with `resume`, a flag that
-        changes results differs, or what is there is no run; it cannot be written.
+      StoreError: see `check_workdir`.
     """
-    path = pathlib.Path(path)
-    flags: dict[str, Any] = plain(config)
-    if path.exists() and not path.is_dir():
-      raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
-    with writing(path):
-      path.mkdir(parents=True, exist_ok=True)
-      if any(not p.name.startswith('.') for p in path.iterdir()):
-        if not resume:
-          raise StoreError(
-            f'workdir {path} is not empty; go on with that run by --resume, '
-            'or choose another --workdir'
-          )
-        _refuse_other_config(path, flags)
-      workdir = cls(path, flags)
-      # Also shows, before any work is done, whether the directory can be written.
-      images.write_atomic(path / 'config.json', _json_bytes(flags))
+    check_workdir(path, config, resume)
+    workdir = cls(pathlib.Path(path), plain(config))
+    workdir.write_json('config.json', config)
+    with writing(workdir.path):
       workdir._recover()
     return workdir
-
-  @classmethod
-  def open(cls, path: str | os.PathLike) -> 'Workdir':
-    """The run in an existing directory, to read it or to write further shards.
-
-    Raises:
-      StoreError: there is no run.
-    """
-    path = pathlib.Path(path)
-    return cls(path, read_json(path / 'config.json', 'has no config.json, so it is not a run'))
 
   def done(self, attack: str, interpreter: str) -> set[int]:
     """Ids of the examples that are finished; whatever batches they were done in."""
@@ -367,6 +344,30 @@ def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
     raise StoreError(f'{path.parent} {otherwise}') from None
   except (OSError, ValueError) as error:
     raise StoreError(f'{path} {otherwise} ({error})') from None
+
+
+def check_workdir(path: str | os.PathLike, config: Mapping[str, Any], resume: bool) -> None:
+  """Whether `Workdir.create` would take the directory; nothing is written.
+
+  To be asked before any work, while `create` comes once nothing else can be refused.
+
+  Raises:
+    StoreError: the directory holds something and `resume` is False; with `resume`, a flag that
+      changes results differs, or what is there is no run; it cannot be written.
+  """
+  path = pathlib.Path(path)
+  with writing(path):
+    if path.exists() and not path.is_dir():
+      raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
+    if path.exists() and any(not p.name.startswith('.') for p in path.iterdir()):
+      if not resume:
+        raise StoreError(
+          f'workdir {path} is not empty; go on with that run by --resume, '
+          'or choose another --workdir'
+        )
+      _refuse_other_config(path, plain(config))
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    tempfile.TemporaryFile(dir=there).close()
 
 
 def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:

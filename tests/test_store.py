@@ -140,13 +140,13 @@ def test_resume_compares_the_flags_that_change_results(tmp_path):
   other = {**CONFIG, 'epsilon': 0.05}
   refuses('--epsilon 0.031, now it is 0.05', tmp_path, other, resume=True)
   refuses("--dataset 'scenes', now it is None", tmp_path, {}, resume=True)
+  # The last bit of a convolution's sums may depend on it.
+  refuses('--batch_size None, now it is 8', tmp_path, {**CONFIG, 'batch_size': 8}, resume=True)
   moved = {**CONFIG, 'num_devices': 8, 'workdir': 'elsewhere', 'resume': True}
   assert store.Workdir.create(tmp_path, moved, resume=True).done('adv2', 'cam') == {1}
 
 
-def test_no_run_and_damage_are_told(tmp_path):
-  with pytest.raises(store.StoreError, match=r'has no config\.json'):
-    store.Workdir.open(tmp_path / 'nowhere')
+def test_damage_is_told(tmp_path):
   workdir = store.Workdir.create(tmp_path, CONFIG)
   write(workdir, [1])
   (tmp_path / 'shards' / 'adv2-cam-000001.json').write_text('{"records": [')
@@ -219,6 +219,18 @@ def test_read_only_directory_is_refused_before_work(tmp_path, monkeypatch):
   refuses(r'cannot write .*config\.json: Read-only file system', tmp_path)
 
 
+def test_a_directory_that_cannot_be_written_is_found_without_making_it(tmp_path, monkeypatch):
+  store.check_workdir(tmp_path / 'a' / 'run', CONFIG, False)
+
+  def read_only(dir):  # noqa: A002
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+  monkeypatch.setattr(store.tempfile, 'TemporaryFile', read_only)
+  with pytest.raises(store.StoreError, match='cannot write .*: Read-only file system'):
+    store.check_workdir(tmp_path / 'a' / 'run', CONFIG, False)
+  assert not list(tmp_path.iterdir())
+
+
 def test_something_in_the_way_is_told(tmp_path):
   workdir = store.Workdir.create(tmp_path, CONFIG)
   (tmp_path / 'maps').write_text('not a directory')
@@ -266,7 +278,7 @@ def test_killed_at_every_rename(tmp_path):
   code = textwrap.dedent(KILLED).format(tests=str(pathlib.Path(__file__).parent), paths=paths)
   subprocess.run([sys.executable, '-c', code], check=True)
   for renames, path in enumerate(map(pathlib.Path, paths)):
-    assert store.Workdir.open(path).done('adv2', 'cam') == {1, 2}
+    assert store.Workdir(path, CONFIG).done('adv2', 'cam') == {1, 2}
     workdir = store.Workdir.create(path, CONFIG, resume=True)
     assert workdir.done('adv2', 'cam') == ({1, 2} if renames == 0 else {1, 2, 5, 6})
     write(workdir, [5, 6])
