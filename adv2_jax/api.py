@@ -115,7 +115,7 @@ def attack_batch(
   fixed = _Fixed(clf, interpreter, jnp.float32(epsilon), key, batch)
   schedule = _schedule(recipe, fixed)
   total = sum(steps for _, steps in schedule)
-  delta, seen, evaluations, passes = None, [], 0, 0.0
+  delta, seen, evaluations, passes = None, [], 0, 0
   for stage, (attack, steps) in enumerate(schedule):
     if not steps:
       continue
@@ -123,14 +123,14 @@ def attack_batch(
     while step < steps:
       n = min(every, steps - step)
       state, (terms, hit, finished) = _chunk(recipe, stage, fixed, state, n)
-      step, evaluations, passes = step + n, evaluations + n, passes + n * attack.passes[0]
-      seen.append((evaluations, passes, *jax.device_get((terms, hit))))
+      step, evaluations = step + n, evaluations + n
+      seen.append((evaluations, passes + attack.passes(step), *jax.device_get((terms, hit))))
       if on_chunk:
         on_chunk(evaluations, total, seen[-1][-1])
       if finished:
         break
     delta = _result(recipe, stage, fixed, state)
-    passes += attack.passes[1]
+    passes += attack.passes(step) + attack.result_passes
   history = History(*jax.tree.map(lambda *v: np.stack(v), *seen))
   history.passes[-1] = passes
   return _image(recipe, fixed, delta), history

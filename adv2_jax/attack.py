@@ -120,12 +120,12 @@ def adv2(
     grads, (snapshot, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
     updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
     delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
-    done = state.done | stop(batch, snapshot)
+    done = state.done | stop(batch, snapshot) | ~_finite(grads)  # a NaN would never leave again
     held = (state.delta, state.opt_state, state.carry)
     delta, opt_state, carry = where(done, held, (delta, opt_state, carry))
     return AttackState(delta, opt_state, carry, done, state.step + 1), snapshot
 
-  return Attack(init, step, lambda _, state: state.delta, (interpreter.passes[1], 0))
+  return Attack(init, step, lambda _, state: state.delta, lambda n: n * interpreter.passes[1])
 
 
 def pgd(
@@ -156,7 +156,7 @@ class BestState(NamedTuple):
     return self.inner.done
 
 
-def track_best(attack: Attack, score: Score, *, every: int = 1, passes: float = 0) -> Attack:
+def track_best(attack: Attack, score: Score, *, every: int = 1, passes: int = 0) -> Attack:
   """Delivers, per example, the iterate of lowest `score` instead of the last one.
 
   Every iterate is scored as it is evaluated, so this costs nothing when the score needs only the
@@ -189,8 +189,8 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: float = 
     _, snapshot = attack.step(batch, state.inner)  # its gradient is unused, so XLA drops it
     return keep(batch, state, snapshot)[0]
 
-  of_step = attack.passes[0]
-  return Attack(init, step, result, (of_step + passes / every, of_step / 2 + passes))
+  spent = lambda n: attack.passes(n) + n // every * passes  # noqa: E731
+  return Attack(init, step, result, spent, attack.passes(1) // 2 + passes)
 
 
 def staged(*stages: tuple[Attack, int]) -> Schedule:
@@ -232,6 +232,12 @@ def where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
   """Per example: `a` where the condition [B] holds, else `b`; every leaf has the batch first."""
   pick = lambda u, v: jnp.where(condition.reshape(-1, *[1] * (u.ndim - 1)), u, v)  # noqa: E731
   return jax.tree.map(pick, a, b)
+
+
+def _finite(tree: PyTree) -> Array:
+  """bool[B]: no NaN or infinity in that example; every leaf has the batch first."""
+  leaves = [jnp.isfinite(v).reshape(len(v), -1).all(1) for v in jax.tree.leaves(tree)]
+  return jnp.stack(leaves).all(0)
 
 
 def _map_loss(seen: Unrolled, batch: Batch, distance: MapDistance) -> Array:

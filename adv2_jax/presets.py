@@ -151,22 +151,25 @@ def _decaying_steps(n: int) -> optax.GradientTransformation:
 
 
 @functools.lru_cache
-def fast(name: str, steps: int | None = None) -> Recipe:
-  """Ours: no warm start, sign momentum with cosine-decayed steps, judged as it will be judged.
+def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+  """Ours: sign momentum with cosine-decayed steps, judged as it will be judged.
 
   Both losses pull from the first step on. What binds differs between examples, so each has its own
   λ = λ0 · exp(−l_prd), with l_prd = max(0, u + 4) and u = log((1 − p_t)/p_t): an image that is
   surely taken for the target (p_t > 0.98) is moved for its map alone, one that is not gives the map
   up until it is. The image is rounded to 8 bits inside the loop (gradients pass straight through),
   so that the iterate kept is the very image delivered; a bit of confidence may be given up for a
-  closer map.
+  closer map. There is no warm start, unless `steps_s1` asks for so many sign steps of 1/255 on the
+  prediction alone.
   """
-  settings = FAST.get(name, FAST['cam'])
-  n = settings.steps if steps is None else steps
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
+    # Interpreters without settings of their own: as GRAD where the map must be made afresh.
+    settings = FAST.get(name, FAST['cam' if interpreter.exact else 'grad'])
+    n = settings.steps if steps_s2 is None else steps_s2
+    warm = pgd(clf, perturbation, optax.sign_sgd(AUTHORS_STEP), key=key)
     attack = adv2(
       clf,
       interpreter,
@@ -180,7 +183,8 @@ def fast(name: str, steps: int | None = None) -> Recipe:
     )
     score = closest_map(clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02)
     passes = 0 if interpreter.exact else interpreter.passes[0]
-    return staged((track_best(attack, score, every=settings.every, passes=passes), n))
+    best = track_best(attack, score, every=settings.every, passes=passes)
+    return staged((warm, steps_s1 or 0), (best, n))
 
   return Recipe(functools.partial(linf_ball, levels=255), schedule)
 
@@ -206,5 +210,5 @@ def by_name(
   if preset == 'authors':
     return authors(name, steps_s1, steps_s2)
   if preset == 'fast':
-    return fast(name, steps_s2)
+    return fast(name, steps_s1, steps_s2)
   raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")

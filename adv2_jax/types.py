@@ -158,13 +158,15 @@ class Attack(NamedTuple):
     init: (batch, delta | None) -> state; None starts from the perturbation's own start.
     step: (batch, state) -> (state, Snapshot); evaluates the state's iterate, then moves it.
     result: (batch, state) -> delta, what the attack delivers after its last step.
-    passes: network passes per example of one step, and of `result`; for the accounts.
+    passes: n -> network passes per example of the first n steps; for the accounts.
+    result_passes: those of `result`.
   """
 
   init: Callable[[Batch, PyTree | None], Any]
   step: Callable[[Batch, Any], tuple[Any, Snapshot]]
   result: Callable[[Batch, Any], PyTree]
-  passes: tuple[float, float] = (2.0, 0.0)
+  passes: Callable[[int], int] = lambda n: 2 * n
+  result_passes: int = 0
 
 
 Schedule = tuple[tuple[Attack, int], ...]  # stages: an attack and its number of steps

@@ -244,6 +244,31 @@ def test_done_examples_are_held_whole():
   assert states[-1].opt_state[0].count.shape == (4,)  # the optimiser's state is per example
 
 
+def test_an_example_whose_gradient_is_not_finite_keeps_what_it_has():
+  """Example 1 from the start, example 2 once it is bright; as a warm start left them."""
+
+  def holed(fn):
+    def call(params, x, **kwargs):
+      out = fn(params, x, **kwargs)
+      # The root's slope is infinite at 0: NaN for the images with a corner above a half.
+      return out._replace(logits=out.logits + 0 * jnp.sqrt(jnp.maximum(0.5 - x[:, 0, 0, :1], 0)))
+
+    return call
+
+  corner = jnp.array([0.2, 0.7, 0.475, 0.2])
+  batch = BATCH._replace(x=X.at[:, 0, 0, 0].set(corner))
+  clf = CLF.replace(apply_fn=holed(CLF.apply_fn))
+  brighten = optax.stateless(lambda g, _: jnp.full_like(g, 0.02))
+  make = lambda clf: pgd(clf, BALL, brighten, key=KEY)  # noqa: E731
+  warm = jnp.full(X.shape, 0.01)
+  state = jax.jit(lambda clf: run_chunk(make(clf), batch, make(clf).init(batch, warm), 4)[0])(clf)
+  np.testing.assert_array_equal(state.done, [False, True, True, False])
+  np.testing.assert_array_equal(state.delta[1], warm[1])
+  np.testing.assert_allclose(state.delta[2, 0, 0, 0], 0.03, atol=1e-6)  # one step, not four
+  free = (batch.x[::3] + 0.09).clip(0, 1) - batch.x[::3]
+  np.testing.assert_allclose(state.delta[::3], free, atol=1e-6)
+
+
 def test_several_maps_and_several_interpreters():
   """The mean over the look-ahead maps, the sum over interpreters, and a loss of their own."""
   look_ahead = jnp.asarray(np.random.RandomState(0).rand(3, 4, 8, 8), jnp.float32)
@@ -317,11 +342,12 @@ def test_a_score_that_is_not_a_number_is_never_best():
 
 def test_the_accounts():
   """Passes of a step, plus the score's every n-th time; `result` has no backward pass."""
+  spent = lambda attack: ([attack.passes(n) for n in (1, 9, 10, 25)], attack.result_passes)  # noqa: E731
   cam = joint()
-  assert cam.passes == (2, 0)
-  assert joint(interpreter=interpreters.grad()).passes == (4, 0)
-  assert track_best(cam, prediction_score).passes == (2, 1)
-  assert track_best(cam, prediction_score, every=10, passes=2).passes == (2.2, 3)
+  assert spent(cam) == ([2, 18, 20, 50], 0)
+  assert spent(joint(interpreter=interpreters.grad())) == ([4, 36, 40, 100], 0)
+  assert spent(track_best(cam, prediction_score)) == ([2, 18, 20, 50], 1)
+  assert spent(track_best(cam, prediction_score, every=10, passes=3)) == ([2, 18, 23, 56], 4)
 
 
 # --- loops ----------------------------------------------------------------------------------------
