@@ -234,6 +234,23 @@ def test_cam_refuses_a_head_that_does_not_pool(compiled):
   assert float(explain('grad_cam')(flat, X, Y, KEY).max()) == 1
 
 
+@pytest.mark.parametrize('shift', [0.0, -9.0])
+def test_cam_takes_a_head_with_a_batch_norm_behind_the_pooling(shift):
+  """Made-up variances must be positive; where even they give no number (−9), it cannot be told."""
+  fc = CLF.params['params']['fc']['kernel']
+  params = (CLF.params, {'mean': jnp.ones(6), 'var': jnp.ones(6) + shift, 'kernel': fc})
+
+  def head(params, features):
+    norm = params[1]
+    pooled = features.mean((1, 2)) - norm['mean'].reshape(1, -1)
+    return pooled / jnp.sqrt(norm['var'].reshape(1, -1) + shift) @ norm['kernel']
+
+  clf = CLF.replace(
+    params=params, apply_fn=lambda p, x: CLF.apply_fn(p[0], x), head_fn=head, surrogate_fn=None
+  )
+  assert jax.eval_shape(interpreters.cam().explain, clf, X, Y, KEY).shape == (4, 8, 8)
+
+
 def test_grad_cam_without_positive_evidence_is_zero():
   flat = scaled(CLF, 0.0, 1.0)
   silent = flat.replace(head_fn=lambda p, a: 0 * CLF.head_fn(p, a))
