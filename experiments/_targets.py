@@ -1,12 +1,11 @@
 """What the attack wants: target labels and target maps, per example and from the flags alone."""
 
-import csv
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
-from adv2_jax.data.sources import read_npz
+from adv2_jax.data.sources import read_csv, read_npz
 from adv2_jax.types import InputError
 
 MAPS = ('benign', 'random_class', 'random_patch')
@@ -35,23 +34,19 @@ def labels(flag: str, seed: int, true: np.ndarray, num_classes: int) -> Callable
     raise InputError(
       f'--target_label is {flag!r}; expected random, least_likely, a class, or FILE.csv (id,target)'
     )
-  with path.open(newline='', encoding='utf-8') as file:
-    reader = csv.DictReader(file)
-    if not {'id', 'target'} <= set(reader.fieldnames or ()):
-      raise InputError(f'{path} starts with {reader.fieldnames}; expected the columns id,target')
-    table = {}
-    for row in reader:
-      try:
-        i, target = int(row['id']), int(row['target'])
-      except (TypeError, ValueError):
-        raise InputError(
-          f'{path} line {reader.line_num}: {row["id"]},{row["target"]} are not two whole numbers'
-        ) from None
-      table[i] = _in_range(target, num_classes, f'{path} line {reader.line_num}')
-      if 0 <= i < len(true) and target == true[i]:
-        raise InputError(
-          f'{path}: target {target} of example {i} is its true class; choose another class'
-        )
+  table = {}
+  for line, row in read_csv(path, ('id', 'target')):
+    try:
+      i, target = int(row['id']), int(row['target'])
+    except ValueError:
+      raise InputError(
+        f'{path} line {line}: {row["id"]},{row["target"]} are not two whole numbers'
+      ) from None
+    table[i] = _in_range(target, num_classes, f'{path} line {line}')
+    if 0 <= i < len(true) and target == true[i]:
+      raise InputError(
+        f'{path}: target {target} of example {i} is its true class; choose another class'
+      )
 
   def from_file(i: int, least: int) -> int:
     del least

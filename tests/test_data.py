@@ -94,7 +94,7 @@ def test_images_are_resized_only_when_of_another_size(folder):
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-  """A tiny set in CIFAR-10's place, prepared by tfds in a random-access format."""
+  """Tiny sets in CIFAR-10's and Imagenette's place, prepared by tfds in a random-access format."""
   tfds = pytest.importorskip('tensorflow_datasets')
   pytest.importorskip('array_record')
   from tensorflow_datasets.core import registered
@@ -104,6 +104,7 @@ def prepared(tmp_path_factory):
     class Cifar10(tfds.core.GeneratorBasedBuilder):
       pkg_dir_path = None
       VERSION = tfds.core.Version('3.0.2')
+      split = 'test'
 
       def _info(self):
         names = [f'class {i}' for i in range(10)]
@@ -119,14 +120,20 @@ def prepared(tmp_path_factory):
         )
 
       def _split_generators(self, dl_manager):
-        return {'test': self._generate_examples()}
+        return {self.split: self._generate_examples()}
 
       def _generate_examples(self):
         for i, image in enumerate(pictures(5)):
           yield i, {'image': images.encode_png(image), 'label': 9 - i}
 
+    class Imagenette(Cifar10):
+      VERSION = None
+      BUILDER_CONFIGS = [tfds.core.BuilderConfig(name='full-size-v2', version='1.0.0')]  # noqa: RUF012
+      split = 'validation'
+
   root = tmp_path_factory.mktemp('tfds')
-  Cifar10(data_dir=root, file_format='array_record').download_and_prepare()
+  for builder in (Cifar10, Imagenette):
+    builder(data_dir=root, file_format='array_record').download_and_prepare()
   return root
 
 
@@ -140,6 +147,14 @@ def test_prepared_tfds_set_is_read_without_tensorflow(prepared):
   assert dataset.class_names[2] == 'class 2'
   with pytest.raises(InputError, match="no split 'train'; it has: test"):
     data.load('cifar10', prepared, split='train')
+
+
+def test_imagenette_s_classes_among_imagenet_s(prepared):
+  own, wide = (data.load('imagenette', prepared, label_key=key) for key in ('y', 'y_imagenet'))
+  np.testing.assert_array_equal(own.labels, [9, 8, 7, 6, 5])
+  np.testing.assert_array_equal(wide.labels, [701, 574, 571, 569, 566])
+  assert (own.num_classes, wide.num_classes) == (10, 1000)
+  assert wide.class_names is None
 
 
 def test_unprepared_tfds_set_says_how_to_prepare_it(tmp_path):
@@ -329,6 +344,8 @@ def test_missing_paths_and_names(tmp_path, folder):
     data.load('folder', folder, split='test')
   with pytest.raises(InputError, match='only packed'):
     data.load('folder', folder, label_key='y_imagenet')
+  with pytest.raises(InputError, match='imagenette has y_imagenet'):
+    data.load('imagenette', label_key='y_fine')
   with pytest.raises(InputError, match='image_size 0'):
     data.load('folder', folder, image_size=0)
 
@@ -341,12 +358,20 @@ def test_missing_paths_and_names(tmp_path, folder):
     ('file,label\nant/0.png,1\nant/9.png,1\n', r'line 3: .*9\.png does not exist'),
     ('file,label\nant/0.png,\n', 'line 2: .*has no label'),
     ('file,label\nant/0.png,-3\n', 'label -3 of example 0'),
+    ('label,file\n3\n', 'line 2: .* does not exist'),
   ],
 )
 def test_bad_labels_csv(folder, text, message):
   (folder / 'labels.csv').write_text(text)
   with pytest.raises(InputError, match=message):
     data.load('folder', folder)
+
+
+def test_a_labels_csv_in_another_encoding_is_named(folder):
+  (folder / 'labels.csv').write_bytes('file,label\nbee/4.png,Käfer\n'.encode('latin-1'))
+  with pytest.raises(InputError, match=r'labels\.csv is not a CSV file in UTF-8') as error:
+    data.load('folder', folder)
+  assert '\n' not in str(error.value)
 
 
 def test_labels_beyond_the_classifier(folder):

@@ -43,16 +43,30 @@ def test_upsample_has_half_pixel_centres():
   np.testing.assert_allclose(up, np.broadcast_to(expected, (2, 6, 16)), atol=1e-5)
 
 
-@pytest.mark.parametrize('hw', [(96, 120), (120, 96), (50, 64)])
-def test_resize_crop_is_that_of_torchvision(hw):
-  # torchvision: Resize(73) of the shorter side, CenterCrop(64), on a PIL image.
-  image = np.random.default_rng(0).integers(0, 256, (*hw, 3), np.uint8)
-  out = images.resize_crop(image, 64)
-  short = 73
-  height, width = (short if s == min(hw) else int(short * s / min(hw)) for s in hw)
-  full = PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR)
-  top, left = round((height - 64) / 2.0), round((width - 64) / 2.0)
-  np.testing.assert_array_equal(out, np.asarray(full)[top : top + 64, left : left + 64])
+@pytest.mark.parametrize('hw', [(146, 200), (200, 146), (50, 64)])
+def test_resize_crop_keeps_a_ramp_a_ramp_and_its_middle_in_the_middle(hw):
+  """The shorter side becomes 73 pixels, the middle 64 of both sides stay; half-pixel centres.
+
+  A linear filter gives back a ramp, so pixel (i, j) shows the place it came from:
+  (left + j + .5) · width/new width − .5, with new width and left rounded to whole pixels.
+  """
+  rows, columns = np.mgrid[: hw[0], : hw[1]]
+  image = np.stack([rows, columns, np.full(hw, 99)], axis=-1).astype(np.uint8)
+  out = images.resize_crop(image, 64).astype(float)
+  assert out.shape == (64, 64, 3)
+  for axis, side in enumerate(hw):
+    new = 73 if side == min(hw) else int(side * 73 / min(hw))
+    ramp = (round((new - 64) / 2) + np.arange(64) + 0.5) * side / new - 0.5
+    expected = np.broadcast_to(ramp.reshape((-1, 1) if axis == 0 else (1, -1)), (64, 64))
+    np.testing.assert_allclose(out[..., axis], expected, atol=0.51)
+  assert (out[..., 2] == 99).all()
+
+
+def test_resizing_smooths_what_the_small_image_cannot_show():
+  """Stripes one pixel wide become grey; without antialiasing they would stay stripes."""
+  stripes = np.tile(np.uint8([0, 255]), 128).reshape(1, 256, 1) * np.ones((256, 1, 3), np.uint8)
+  out = images.resize_crop(stripes, 56)  # the shorter side becomes 64: a quarter
+  assert np.abs(out.astype(int) - 127.5).max() < 12
 
 
 def test_resize_crop_leaves_the_right_size_alone_and_moves_masks_along():

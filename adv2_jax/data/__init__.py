@@ -84,7 +84,8 @@ def load(
     image_size: resize the shorter side to S·256/224 and cut the middle S×S out, where images have
       another size; None keeps them.
     split: for scenes and tfds sets; None for the one to evaluate on.
-    label_key: which array of a packed file holds the labels.
+    label_key: which array of a packed file holds the labels; imagenette has 'y_imagenet' too, the
+      numbers of its classes among ImageNet's.
     masks: file with the objects' masks or boxes, see `data.masks.read_masks`.
     skip_corrupt: leave damaged images out (see `Dataset.damaged`) instead of stopping.
 
@@ -96,12 +97,16 @@ def load(
   options: dict[str, Any] = {'image_size': image_size, 'skip_corrupt': skip_corrupt}
   if split is not None and name not in ('scenes', *sources.TFDS):
     raise InputError(f'--split {split!r}: a {name} data set has no splits')
-  if label_key != sources.LABEL_KEY and name != 'packed':
-    raise InputError(f'--label_key {label_key!r}: only packed data sets have several label arrays')
+  several = name == 'packed' or (name, label_key) == ('imagenette', sources.IMAGENET_KEY)
+  if label_key != sources.LABEL_KEY and not several:
+    raise InputError(
+      f'--label_key {label_key!r}: only packed data sets have several label arrays, and imagenette '
+      f'has {sources.IMAGENET_KEY}'
+    )
   if name == 'scenes':
     return _with_masks(scenes(split or 'test', **options), masks)
   if name in sources.TFDS:
-    dataset = sources.prepared_tfds(name, data_path, split, **options)
+    dataset = sources.prepared_tfds(name, data_path, split, label_key, **options)
   elif name == 'packed':
     dataset = sources.packed(data_path, label_key, **options)
   else:

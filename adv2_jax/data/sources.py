@@ -7,7 +7,7 @@ with the files as a whole is found here; single images are checked by `Dataset.c
 import csv
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from adv2_jax.types import InputError
 Path = str | pathlib.Path | None
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
 LABEL_KEY = 'y'
+IMAGENET_KEY = 'y_imagenet'
+# Imagenette's ten classes, in its order, among ImageNet's.
+IMAGENETTE = np.array([0, 217, 482, 491, 497, 566, 569, 571, 574, 701])
 
 # Our name -> tfds builder and its evaluation split.
 TFDS = {
@@ -52,6 +55,24 @@ def read_npz(path: pathlib.Path) -> Mapping[str, np.ndarray]:
   except Exception as error:  # zip, zlib, numpy and OS errors: all mean the file is unusable.
     reason = 'it contains pickled objects' if 'allow_pickle' in str(error) else error
     raise InputError(f'{path} is not a readable .npz of plain arrays: {reason}') from None
+
+
+def read_csv(path: pathlib.Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+  """(line number, {column: text}) of every line; a line that is too short has ''.
+
+  Raises:
+    InputError: not text in UTF-8, not CSV, or one of the columns is missing.
+  """
+  try:
+    with path.open(newline='', encoding='utf-8') as file:
+      reader = csv.DictReader(file, restval='')
+      if not set(columns) <= set(reader.fieldnames or ()):
+        raise InputError(
+          f'{path} starts with {reader.fieldnames}; expected the columns {",".join(columns)}'
+        )
+      return [(reader.line_num, row) for row in reader]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise InputError(f'{path} is not a CSV file in UTF-8 ({error}); save it as one') from None
 
 
 def _array(arrays: Mapping[str, np.ndarray], key: str, path: pathlib.Path) -> np.ndarray:
@@ -112,19 +133,18 @@ def folder(data_path: Path, **options: Any) -> Dataset:
 
 def _read_labels_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
   path = root / 'labels.csv'
-  with path.open(newline='', encoding='utf-8') as file:
-    reader = csv.DictReader(file)
-    if not {'file', 'label'} <= set(reader.fieldnames or ()):
-      raise InputError(f'{path} starts with {reader.fieldnames}: expected the columns file,label')
-    rows = [(root / row['file'], (row['label'] or '').strip()) for row in reader]
-  if not rows:
-    raise InputError(f'{path} lists no images')
-  for line, (image, label) in enumerate(rows, 2):
+  files, labels = [], []
+  for line, row in read_csv(path, ('file', 'label')):
+    image, label = root / row['file'], row['label'].strip()
     if not image.is_file():
       raise InputError(f'{path} line {line}: {image} does not exist')
     if not label:
       raise InputError(f'{path} line {line}: {image} has no label')
-  return [image for image, _ in rows], [label for _, label in rows]
+    files.append(image)
+    labels.append(label)
+  if not files:
+    raise InputError(f'{path} lists no images')
+  return files, labels
 
 
 def npz(data_path: Path, **options: Any) -> Dataset:
@@ -191,7 +211,11 @@ def _check_length(labels: np.ndarray, n: int, path: pathlib.Path) -> None:
 
 
 def prepared_tfds(
-  name: str, data_path: Path = None, split: str | None = None, **options: Any
+  name: str,
+  data_path: Path = None,
+  split: str | None = None,
+  label_key: str = LABEL_KEY,
+  **options: Any,
 ) -> Dataset:
   """A set prepared by tensorflow_datasets, read at random through its `data_source`.
 
@@ -202,6 +226,7 @@ def prepared_tfds(
     name: a key of `TFDS`.
     data_path: tfds's data directory; None for its default.
     split: a split of the set; None for the one to evaluate on.
+    label_key: 'y_imagenet' numbers imagenette's classes as ImageNet does.
     **options: further fields of `Dataset`.
 
   Raises:
@@ -229,7 +254,9 @@ def prepared_tfds(
       "file_format='array_record').download_and_prepare()\""
     ) from None
   labels = np.array([source[i]['label'] for i in range(len(source))], np.int64)
-  names = builder.info.features['label'].names
+  names, num_classes = builder.info.features['label'].names, None
+  if label_key == IMAGENET_KEY:
+    labels, num_classes, names = IMAGENETTE[labels], 1000, None
 
   def decode(i: int) -> np.ndarray:
     return image_lib.read_image(io.BytesIO(source[i]['image']), f'{i} of {name} {split}')
@@ -237,8 +264,8 @@ def prepared_tfds(
   return Dataset(
     name=name,
     labels=labels,
-    num_classes=len(names),
-    class_names=tuple(names),
+    num_classes=num_classes or len(names),
+    class_names=names and tuple(names),
     decode=decode,
     describe=lambda i: f'{i} of {name} {split}',
     **options,
