@@ -8,6 +8,7 @@ from adv2_jax.interpreters.cam import cam, grad_cam
 from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
 from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
 from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective
+from adv2_jax.interpreters.rts import Decoder, rts
 from adv2_jax.types import InputError, Interpreter
 
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
@@ -35,6 +36,7 @@ def build(name: str, image_size: int = 224) -> Interpreter:
 __all__ = [
   'CIFAR_MASK',
   'FACTORIES',
+  'Decoder',
   'MaskConfig',
   'avg_pool',
   'build',
@@ -47,5 +49,6 @@ __all__ = [
   'mask',
   'mask_objective',
   'min_max',
+  'rts',
   'smooth_grad',
 ]
