@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from adv2_jax import losses
 from adv2_jax.interpreters.base import avg_pool, class_logit, from_map, input_gradient, min_max
-from adv2_jax.nets.activations import FORMS, soft_relu
+from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map, PyTree
 
 Forward = Callable[[Image], Array]
@@ -28,8 +28,8 @@ def _smoothed(
   """The interpreter that evaluates `formula` on the net, and attacks it on the surrogate."""
   if tau <= 0:
     raise InputError(f'tau is {tau}; expected a positive smoothing width, such as 1e-4')
-  if form not in FORMS:
-    raise InputError(f'form is {form!r}; expected one of {", ".join(FORMS)}')
+  if form not in ('printed', 'smooth'):
+    raise InputError(f"form is {form!r}; expected 'printed' or 'smooth'")
   default = tau == 1e-4 and form == 'printed'
   act = soft_relu if default else functools.partial(soft_relu, tau=tau, form=form)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adv2_jax.types import Array, InputError
 
-FORMS = ('printed', 'smooth', 'exact')
+FORMS = ('printed', 'smooth')
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -40,8 +40,6 @@ def soft_relu(z: Array, tau: float = 1e-4, form: str = 'printed') -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def soft_step(z: Array, tau: float, form: str) -> Array:
   """h(z) of `soft_relu`; its own derivative is the closed form, which cannot cancel at large z."""
-  if form == 'exact':
-    return (z > 0).astype(z.dtype)
   r = z * jax.lax.rsqrt(z * z + tau)
   return (1 + r) / 2 if form == 'smooth' else jnp.where(z < 0, 1 + r, r)
 
@@ -50,7 +48,7 @@ def soft_step(z: Array, tau: float, form: str) -> Array:
 def _soft_step_jvp(tau, form, primals, tangents):
   (z,), (dz,) = primals, tangents
   slope = tau * jax.lax.rsqrt(z * z + tau) ** 3
-  return soft_step(z, tau, form), (slope if form == 'printed' else slope / 2) * dz
+  return soft_step(z, tau, form), (slope / 2 if form == 'smooth' else slope) * dz
 
 
 @soft_relu.defjvp
