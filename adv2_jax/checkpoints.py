@@ -48,7 +48,13 @@ SOURCES = (
 _PACKAGE = pathlib.Path(__file__).parent
 # Besides these, zipfile raises RuntimeError for an encrypted member: a flipped bit looks like one.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+_LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'embedding': 'weight',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
 _OLD_DENSENET = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)\.')
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from adv2_jax.interpreters.base import avg_pool, from_map, min_max
 from adv2_jax.interpreters.cam import cam, grad_cam
 from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
+from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
+from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective
+from adv2_jax.interpreters.rts import Decoder, rts
 from adv2_jax.types import InputError, Interpreter
 
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
@@ -31,7 +34,10 @@ def build(name: str, image_size: int = 224) -> Interpreter:
 
 
 __all__ = [
+  'CIFAR_MASK',
   'FACTORIES',
+  'Decoder',
+  'MaskConfig',
   'avg_pool',
   'build',
   'cam',
@@ -40,6 +46,9 @@ __all__ = [
   'grad_cam',
   'input_x_gradient',
   'integrated_gradients',
+  'mask',
+  'mask_objective',
   'min_max',
+  'rts',
   'smooth_grad',
 ]

@@ -1,0 +1,287 @@
+"""MASK: the smallest part of the image whose blurring destroys the class (Fong & Vedaldi 2017).
+
+The mask m [B,h,w] in [0,1] keeps the image where it is 1 and blurs it where it is 0:
+
+    l_map(m; x) = p_c(φ(x; m)) + λ1 Σ|1 − m| + λ2 Σ (dx² + dy²)^{β/2}
+    φ(x; m) = x · u + blur(x) · (1 − u),   u = blur(up-sampled m)
+
+The map is 1 − m*, m* = argmin l_map. All of φ is linear in m and in x, so up-sampling and blurs are
+matrices, made once on the host.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adv2_jax.types import (
+  Array,
+  Image,
+  InputError,
+  Interpreter,
+  Key,
+  Label,
+  Map,
+  PyTree,
+  Unrolled,
+)
+
+
+class MaskConfig(NamedTuple):
+  """The objective and its published solver; the defaults are those for 224 px.
+
+  Attributes:
+    size: side of the mask, in cells.
+    jitter: the image is resized to H + jitter and cropped at offsets 0…jitter−1, drawn per example
+      and iteration; 0: used as it is.
+    area: λ1, on the sum of |1 − m| over cells.
+    smoothness: λ2, on the sum over cells of (dx² + dy²)^{β/2}.
+    beta: β.
+    blur: width of the image's Gaussian blur, in pixels, odd.
+    mask_blur: width of the up-sampled mask's.
+    start: m before the first iteration.
+    steps: Adam iterations.
+    learning_rate: of Adam.
+  """
+
+  size: int = 28
+  jitter: int = 4
+  area: float = 1e-4
+  smoothness: float = 1e-2
+  beta: float = 3.0
+  blur: int = 21
+  mask_blur: int = 11
+  start: float = 0.5
+  steps: int = 300
+  learning_rate: float = 0.1
+
+
+CIFAR = MaskConfig(size=8, jitter=2, area=1e-3, smoothness=1e-1, blur=5, mask_blur=3)
+
+
+class MaskState(NamedTuple):
+  """A solution in progress: the mask [B,h,w] and Adam's state, per example."""
+
+  mask: Array
+  opt_state: PyTree
+
+
+def gaussian_matrix(size: int, width: int) -> np.ndarray:
+  """f32[size,size]: the Gaussian blur of `width` pixels along one axis, padded by reflection.
+
+  σ = 0.3 · ((width − 1)/2 − 1) + 0.8, OpenCV's rule.
+  """
+  if width % 2 == 0 or not 1 <= width <= 2 * size - 1:
+    raise InputError(f'blur is {width}; expected an odd width of 1 to {2 * size - 1} pixels')
+  radius = width // 2
+  sigma = 0.3 * (radius - 1) + 0.8
+  kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+  kernel /= kernel.sum()
+  matrix = np.zeros((size, size))
+  for offset, weight in zip(range(-radius, radius + 1), kernel, strict=True):
+    source = np.arange(size) + offset
+    source = np.abs(source)
+    source = np.where(source >= size, 2 * (size - 1) - source, source)
+    matrix[np.arange(size), source] += weight
+  return matrix.astype(np.float32)
+
+
+def bilinear_matrix(size: int, new_size: int) -> np.ndarray:
+  """f32[new_size,size]: bilinear resampling along one axis, half-pixel centres, clamped edges."""
+  place = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
+  low = np.minimum(place.astype(int), max(size - 2, 0))
+  high = np.minimum(low + 1, size - 1)
+  matrix = np.zeros((new_size, size))
+  rows = np.arange(new_size)
+  np.add.at(matrix, (rows, low), 1 - (place - low))
+  np.add.at(matrix, (rows, high), place - low)
+  return matrix.astype(np.float32)
+
+
+def _both_axes(rows: np.ndarray, columns: np.ndarray, v: Array) -> Array:
+  """rows · v · columnsᵀ on axes 1 and 2 of [B,h,w] or [B,h,w,C]."""
+  return jnp.einsum('ih,bhw...,jw->bij...', rows, v, columns)
+
+
+def perturbed(x: Image, m: Array, config: MaskConfig) -> Image:
+  """φ(x; m): x where m is 1, its blur where m is 0; x [B,H,W,C], m [B,h,w]."""
+  height, width = x.shape[1:3]
+  blur = [gaussian_matrix(n, config.blur) for n in (height, width)]
+  soften = [
+    gaussian_matrix(n, config.mask_blur) @ bilinear_matrix(k, n)
+    for n, k in zip((height, width), m.shape[1:], strict=True)
+  ]
+  blurred = _both_axes(*blur, x)
+  return blurred + _both_axes(*soften, m)[..., None] * (x - blurred)
+
+
+def jittered(x: Image, keys: Key, jitter: int) -> Image:
+  """x resized to H + jitter and cropped back to H, at offsets 0…jitter−1 from each key."""
+  if not jitter:
+    return x
+  height, width = x.shape[1:3]
+  larger = _both_axes(
+    bilinear_matrix(height, height + jitter), bilinear_matrix(width, width + jitter), x
+  )
+
+  def crop(image: Array, key: Key) -> Array:
+    top, left = jax.random.randint(key, (2,), 0, jitter)
+    return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, image.shape[-1]))
+
+  return jax.vmap(crop)(larger, keys)
+
+
+def regulariser(m: Array, config: MaskConfig) -> Array:
+  """λ1 Σ|1 − m| + λ2 Σ (dx² + dy² + 1e-8)^{β/2}, [B]; dx, dy of the same cell.
+
+  Differs from the authors' code: theirs transposes dx, and so pairs different cells.
+  """
+  dy = (m[:, 1:] - m[:, :-1])[:, :, :-1]
+  dx = (m[:, :, 1:] - m[:, :, :-1])[:, :-1]
+  roughness = jnp.sum((dx**2 + dy**2 + 1e-8) ** (config.beta / 2), axis=(1, 2))
+  return config.area * jnp.sum(jnp.abs(1 - m), axis=(1, 2)) + config.smoothness * roughness
+
+
+def mask_objective(clf: Any, m: Array, x: Image, y: Label, config: MaskConfig) -> Array:
+  """l_map(m; x) [B] of masks m [B,h,w] (1 = keep) on the images at their own size.
+
+  p_y(φ(x; m)) + λ1 Σ|1 − m| + λ2 Σ (dx² + dy²)^{β/2}; jitter is the solver's, not done here.
+  """
+  p = jax.nn.softmax(clf(perturbed(x, m, config)).logits)
+  p_y = jnp.take_along_axis(p, y[:, None], axis=-1)[:, 0]
+  return p_y + regulariser(m, config)
+
+
+def _adam(learning_rate: float) -> optax.GradientTransformation:
+  # eps_root keeps the derivative of the root finite where the second moment is 0.
+  return optax.adam(learning_rate, eps_root=1e-16)
+
+
+def start(config: MaskConfig, n: int) -> MaskState:
+  """The state before the first iteration, for n examples."""
+  mask = jnp.full((n, config.size, config.size), config.start)
+  return MaskState(mask, jax.vmap(_adam(config.learning_rate).init)(mask))
+
+
+def solver_step(
+  clf: Any, state: MaskState, x: Image, y: Label, keys: Key, config: MaskConfig
+) -> MaskState:
+  """One Adam iteration on l_map, clipped to [0,1]; differentiable in x and in the state."""
+  x = jittered(x, keys, config.jitter)
+  objective = lambda m: jnp.sum(mask_objective(clf, m, x, y, config))  # noqa: E731
+  updates, opt_state = jax.vmap(_adam(config.learning_rate).update)(
+    jax.grad(objective)(state.mask), state.opt_state
+  )
+  return MaskState(jnp.clip(state.mask + updates, 0, 1), opt_state)
+
+
+def solve(
+  clf: Any,
+  x: Image,
+  y: Label,
+  keys: Key,
+  config: MaskConfig,
+  state: MaskState | None = None,
+  steps: int | None = None,
+) -> MaskState:
+  """`steps` iterations from `state` (default: the config's, from its start); keys [B]."""
+  check_fits(config, *x.shape[1:3])
+  state = start(config, len(x)) if state is None else state
+
+  def body(i: Array, state: MaskState) -> MaskState:
+    here = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    return solver_step(clf, state, x, y, here, config)
+
+  return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
+
+
+class Tracked(NamedTuple):
+  """MASK's carry through an attack: the running solution, and the number of attack steps [B]."""
+
+  solution: MaskState
+  step: Array
+
+
+def mask(
+  config: MaskConfig | None = None, *, plain: int = 4, look_ahead: int = 4, renew: int = 50
+) -> Interpreter:
+  """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
+
+  The map depends on x through an optimisation. In the attack the running solution is followed: per
+  step `plain` Adam iterations that keep no gradient, then `look_ahead` that do, each from where the
+  one before arrived (the mask is cut between them, Adam's moments are not); each is a map. Every
+  `renew` steps the solution is made afresh, as the analyst will make it.
+
+  Args:
+    config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
+    plain: iterations per attack step without a gradient.
+    look_ahead: T, iterations per attack step that are differentiated.
+    renew: attack steps between fresh solutions.
+
+  Raises:
+    InputError: a setting that makes no sense; when traced, one that does not fit the images.
+  """
+  c = MaskConfig() if config is None else config
+  check(c)
+  if plain < 0 or look_ahead < 1 or renew < 1:
+    raise InputError(
+      f'plain={plain}, look_ahead={look_ahead}, renew={renew}; expected ≥ 0, ≥ 1 and ≥ 1'
+    )
+
+  def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
+    del params
+    return 1 - solve(clf, x, y, keys, c).mask
+
+  def begin(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Tracked:
+    del params
+    return Tracked(solve(clf, x, y, keys, c), jnp.zeros(len(x), jnp.int32))
+
+  def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Tracked, keys: Key) -> Unrolled:
+    del params
+    held = jax.lax.stop_gradient(x)
+    due = (carry.step[0] > 0) & (carry.step[0] % renew == 0)  # all rows count alike
+    solution = jax.lax.cond(
+      due, lambda s: solve(clf, held, y, keys, c), lambda s: s, carry.solution
+    )
+    solution = jax.lax.stop_gradient(solve(clf, held, y, keys, c, solution, plain))
+
+    @jax.checkpoint  # one iteration's activations at a time
+    def look(state: MaskState, i: Array) -> tuple[MaskState, Array]:
+      here = jax.vmap(jax.random.fold_in, (0, None))(keys, plain + i)
+      cut = state._replace(mask=jax.lax.stop_gradient(state.mask))
+      state = solver_step(clf, cut, x, y, here, c)
+      return state, 1 - state.mask
+
+    last, maps = jax.lax.scan(look, solution, jnp.arange(look_ahead))
+    carry = Tracked(jax.lax.stop_gradient(last), carry.step + 1)
+    return Unrolled(maps, carry, jnp.zeros(len(x)))
+
+  of_step = 2 * plain + 6 * look_ahead + 2 * c.steps // renew + 2
+  return Interpreter(
+    (), explain, unroll, begin, name='mask', passes=(2 * c.steps, of_step), exact=False
+  )
+
+
+def check(config: MaskConfig) -> None:
+  """InputError for settings that make no sense for any image."""
+  for name in ('size', 'steps'):
+    if getattr(config, name) < 1:
+      raise InputError(f'mask {name} is {getattr(config, name)}; expected at least 1')
+  for name in ('jitter', 'area', 'smoothness'):
+    if getattr(config, name) < 0:
+      raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 or more')
+  if not 0 <= config.start <= 1:
+    raise InputError(f'mask start is {config.start}; expected 0 to 1')
+  if not config.learning_rate > 0:
+    raise InputError(f'mask learning_rate is {config.learning_rate}; expected a positive number')
+
+
+def check_fits(config: MaskConfig, height: int, width: int) -> None:
+  """InputError for settings that do not fit images of this size."""
+  side = min(height, width)
+  if config.size > side:
+    raise InputError(f'mask size is {config.size} cells; expected at most {side}, the image size')
+  if config.jitter >= side:
+    raise InputError(f'mask jitter is {config.jitter} px; expected less than {side}, the image')

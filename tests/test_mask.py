@@ -1,0 +1,203 @@
+"""MASK: its linear parts in closed form, objective and gradients as torch's, its solver."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from conftest import PARITY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity.weights import numpy_weights
+
+from adv2_jax import checkpoints, interpreters, nets
+from adv2_jax.classifier import from_linen
+from adv2_jax.interpreters import masking as M
+from adv2_jax.types import InputError
+
+SMALL = M.MaskConfig(size=4, jitter=0, area=1e-2, smoothness=1e-1, blur=5, mask_blur=3, steps=40)
+CLF = tiny.classifier()
+X = tiny.images(3)
+Y = jnp.array([0, 3, 4])
+KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
+
+solve = jax.jit(M.solve, static_argnames=('config', 'steps'))
+objective = jax.jit(M.mask_objective, static_argnames='config')
+
+
+# --- the linear parts -----------------------------------------------------------------------------
+
+
+@given(st.integers(3, 30), st.sampled_from([1, 3, 5]))
+@settings(max_examples=20, deadline=None)
+def test_the_blur_keeps_constants_and_reflects(size, width):
+  g = M.gaussian_matrix(size, width)
+  np.testing.assert_allclose(g.sum(1), 1, atol=1e-6)
+  v = np.random.RandomState(size).rand(size)
+  padded = np.pad(v, width // 2, mode='reflect')
+  sigma = 0.3 * ((width - 1) / 2 - 1) + 0.8
+  kernel = np.exp(-((np.arange(width) - width // 2) ** 2) / (2 * sigma**2))
+  by_hand = np.convolve(padded, kernel / kernel.sum(), 'valid')
+  np.testing.assert_allclose(g @ v, by_hand, atol=1e-6)
+
+
+@given(st.integers(1, 9), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_resampling_is_bilinear_with_half_pixel_centres(size, new_size):
+  place = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+  v = np.random.RandomState(size).rand(size)
+  expected = np.interp(place, np.arange(size), v)  # np.interp clamps at the ends, too
+  np.testing.assert_allclose(M.bilinear_matrix(size, new_size) @ v, expected, atol=1e-6)
+
+
+def test_a_full_mask_keeps_the_image_and_an_empty_one_blurs_it():
+  kept = M.perturbed(X, jnp.ones((3, 4, 4)), SMALL)
+  np.testing.assert_allclose(kept, X, atol=1e-6)
+  blurred = M.perturbed(X, jnp.zeros((3, 4, 4)), SMALL)
+  g = M.gaussian_matrix(tiny.SIZE, 5)
+  np.testing.assert_allclose(blurred, np.einsum('ih,bhwc,jw->bijc', g, X, g), atol=1e-6)
+
+
+def test_jitter_is_a_crop_of_the_resized_image_at_an_offset_of_each_example():
+  jitter = 3
+  r = M.bilinear_matrix(tiny.SIZE, tiny.SIZE + jitter)
+  larger = np.einsum('ih,bhwc,jw->bijc', r, X, r)
+  met = set()
+  for seed in range(12):
+    keys = jax.vmap(jax.random.key)(jnp.arange(3) + 100 * seed)
+    cropped = np.asarray(M.jittered(X, keys, jitter))
+    for image, whole in zip(cropped, larger, strict=True):
+      fits = [
+        (i, j)
+        for i in range(jitter)
+        for j in range(jitter)
+        if np.allclose(whole[i : i + tiny.SIZE, j : j + tiny.SIZE], image, atol=1e-6)
+      ]
+      assert len(fits) == 1
+      met.update(fits)
+  assert len(met) > 5  # of 9
+  assert M.jittered(X, KEYS, 0) is X
+
+
+def test_the_regulariser_in_closed_form():
+  """A step of height a between two columns: area, and one |a|^β per row but the last."""
+  m = jnp.concatenate([jnp.ones((1, 4, 2)), jnp.full((1, 4, 2), 0.4)], axis=2)
+  expected = SMALL.area * 8 * 0.6 + SMALL.smoothness * 3 * 0.6**SMALL.beta
+  np.testing.assert_allclose(M.regulariser(m, SMALL), [expected], rtol=1e-4)
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+
+def test_objective_and_gradients_agree_with_torch():
+  golden = np.load(PARITY / 'mask_objective_resnet50.npz')
+  shapes = json.loads(str(np.load(PARITY / 'resnet50.npz')['shapes']))
+  module = nets.build('resnet50')
+  clf = from_linen(module, checkpoints.load_variables(module, numpy_weights(shapes, 2)))
+  x = jnp.asarray(np.random.RandomState(1).rand(2, 224, 224, 3), jnp.float32)
+  y = jnp.array([3, 7])
+
+  @jax.jit
+  def value_and_gradients(clf, m, x):
+    def total(m, x):
+      value = M.mask_objective(clf, m, x, y, M.MaskConfig(jitter=0))
+      return value.sum(), value
+
+    (_, value), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(m, x)
+    return value, *gradients
+
+  value, by_m, by_x = value_and_gradients(clf, jnp.asarray(golden['m']), x)
+  np.testing.assert_allclose(value, golden['loss'], rtol=1e-5)
+  for mine, theirs in ((by_m, golden['grad_m']), (by_x[:, ::4, ::4], golden['grad_x'])):
+    assert np.linalg.norm(mine - theirs) < 1e-4 * np.linalg.norm(theirs)
+
+
+# --- the solver and the attack's look ahead -------------------------------------------------------
+
+
+def test_the_solution_is_no_worse_than_start_neighbours_and_extremes():
+  m = solve(CLF, X, Y, KEYS, SMALL).mask
+  assert m.shape == (3, 4, 4)
+  assert float(m.min()) >= 0
+  assert float(m.max()) <= 1
+  best = objective(CLF, m, X, Y, SMALL)
+  for other in (jnp.full_like(m, 0.5), jnp.ones_like(m), jnp.zeros_like(m)):
+    assert (best <= objective(CLF, other, X, Y, SMALL) + 1e-4).all()
+
+
+def test_solving_in_two_parts_is_solving_at_once():
+  whole = solve(CLF, X, Y, KEYS, SMALL, steps=12)
+  half = solve(CLF, X, Y, KEYS, SMALL, steps=5)
+  np.testing.assert_array_equal(solve(CLF, X, Y, KEYS, SMALL, half, steps=7).mask, whole.mask)
+
+
+def test_the_hyper_gradient_against_finite_differences():
+  """∂/∂x of the look-ahead map, in double precision: a ReLU net's kinks forbid long steps."""
+  interpreter = interpreters.mask(SMALL, plain=2, look_ahead=1)
+  with jax.enable_x64(True):
+    clf, x = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (CLF, X))
+    wanted = jnp.asarray(np.random.RandomState(0).rand(3, 4, 4))
+    carry = jax.jit(lambda clf, x: interpreter.begin(clf, x, Y, KEYS))(clf, x)
+    state = solve(clf, x, Y, KEYS, SMALL, carry.solution, steps=2)  # as `plain`, at x itself
+
+    def unrolled(clf, x):
+      return jnp.sum((interpreter.unroll(clf, x, Y, carry, KEYS).maps[0] - wanted) ** 2)
+
+    @jax.jit
+    def ahead(clf, x):
+      here = jax.vmap(jax.random.fold_in, (0, None))(KEYS, 2)
+      return jnp.sum((1 - M.solver_step(clf, state, x, Y, here, SMALL).mask - wanted) ** 2)
+
+    g = jax.jit(jax.grad(unrolled, argnums=1))(clf, x)
+    assert g.dtype == jnp.float64
+    rng, step = np.random.RandomState(1), 1e-6
+    directions = [jnp.asarray(np.sign(g) + rng.randn(*g.shape)) for _ in range(4)]
+    measured = [
+      float(ahead(clf, x + step * d) - ahead(clf, x - step * d)) / (2 * step) for d in directions
+    ]
+    predicted = [float(jnp.vdot(g, d)) for d in directions]
+  assert np.linalg.norm(predicted) > 0
+  np.testing.assert_allclose(predicted, measured, rtol=1e-3)
+
+
+def test_the_running_solution_is_renewed():
+  """From a wrong running solution, the fresh one is found when it is due, and not before."""
+  interpreter = interpreters.mask(SMALL, plain=0, look_ahead=1, renew=5)
+  fresh = solve(CLF, X, Y, KEYS, SMALL)
+  wrong = fresh._replace(mask=jnp.zeros_like(fresh.mask))
+  unroll = jax.jit(lambda clf, carry: interpreter.unroll(clf, X, Y, carry, KEYS).maps[0])
+  due = unroll(CLF, M.Tracked(wrong, jnp.full(3, 10, jnp.int32)))
+  early = unroll(CLF, M.Tracked(wrong, jnp.full(3, 9, jnp.int32)))
+  assert np.abs(due - (1 - fresh.mask)).max() < 0.11  # one iteration on
+  assert float(early.min()) > 0.85
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'size': 0}, 'mask size is 0; expected at least 1'),
+    ({'steps': 0}, 'mask steps is 0; expected at least 1'),
+    ({'jitter': -1}, 'mask jitter is -1; expected 0 or more'),
+    ({'start': 1.5}, 'mask start is 1.5; expected 0 to 1'),
+    ({'learning_rate': 0.0}, 'mask learning_rate is 0.0; expected a positive number'),
+  ],
+)
+def test_settings_that_make_no_sense(change, message):
+  with pytest.raises(InputError, match=message):
+    interpreters.mask(SMALL._replace(**change))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'size': 17}, 'mask size is 17 cells; expected at most 16'),
+    ({'jitter': 16}, 'mask jitter is 16 px; expected less than 16'),
+    ({'blur': 4}, 'blur is 4; expected an odd width'),
+    ({'blur': 33}, 'blur is 33; expected an odd width of 1 to 31 pixels'),
+  ],
+)
+def test_settings_that_do_not_fit_the_images(change, message):
+  with pytest.raises(InputError, match=message):
+    interpreters.mask(SMALL._replace(**change)).explain(CLF, X, Y, KEYS)
