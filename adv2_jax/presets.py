@@ -146,8 +146,8 @@ def plain_pgd(preset: str, steps: int | None = None) -> Recipe:
   return Recipe(linf_ball, schedule)
 
 
-def _decaying_steps(n: int) -> optax.GradientTransformation:
-  return optimisers.sign_momentum(optax.cosine_decay_schedule(4 / 255, n, exponent=2), 0.6)
+def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformation:
+  return optimisers.sign_momentum(optax.cosine_decay_schedule(first, n, exponent=2), 0.6)
 
 
 @functools.lru_cache
@@ -174,7 +174,7 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
       clf,
       interpreter,
       perturbation,
-      _decaying_steps(n),
+      _decaying_steps(n, settings.first_step),
       weight=settings.weight,
       key=key,
       prediction=losses.hinged(losses.log_odds, -4.0),
@@ -190,14 +190,22 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
 
 
 class Fast(NamedTuple):
-  """Settings of `fast` for an interpreter: steps, λ, and how often an inexact map is checked."""
+  """Settings of `fast` for an interpreter.
+
+  Attributes:
+    steps: how many.
+    weight: λ0.
+    first_step: its length, before the decay.
+    every: how often an inexact map is made afresh to score the iterate.
+  """
 
   steps: int
   weight: float
+  first_step: float = 4 / 255
   every: int = 1
 
 
-FAST = {'cam': Fast(100, 300.0), 'grad': Fast(100, 100.0, every=5)}
+FAST = {'cam': Fast(100, 300.0), 'grad': Fast(100, 100.0, first_step=3 / 255, every=5)}
 
 
 def by_name(

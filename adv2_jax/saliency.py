@@ -134,7 +134,7 @@ def training_loss(
     key: of the fillings.
     weights: of the terms.
   """
-  mask = images.upsample(mask, x.shape[1:3])
+  mask = images.upsample(mask, (x.shape[1], x.shape[2]))
   fillings = [substitute(x, k) for k in jax.random.split(key)]
   preserved, destroyed = (
     logits_fn(blend(keep, filling.kept, filling.image))

@@ -71,7 +71,8 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
     dtype=config['dtype'],
   )
   size = image_size(config)
-  return clf, {name: interpreters.build(name, size) for name in config['interpreters']}
+  form = 'printed' if config.get('preset') == 'authors' else 'smooth'
+  return clf, {name: interpreters.build(name, size, form) for name in config['interpreters']}
 
 
 def load(config: dict[str, Any]) -> Setup:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from adv2_jax.interpreters.base import avg_pool, from_map, min_max
 from adv2_jax.interpreters.cam import cam, grad_cam
@@ -22,15 +23,20 @@ FACTORIES: dict[str, Callable[..., Interpreter]] = {
 
 
 @functools.lru_cache
-def build(name: str, image_size: int = 224) -> Interpreter:
+def build(name: str, image_size: int = 224, form: str = 'printed') -> Interpreter:
   """The interpreter of that name with the settings usual for that image size (px).
+
+  `form` is that of GRAD's smoothed ReLU derivative; maps do not depend on it, attacks do.
 
   Built once per setting: its functions are static, a second one would be traced anew.
   """
   if name not in FACTORIES:
     raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(FACTORIES)}')
   takes_pool = name in ('grad', 'input_x_gradient', 'integrated_gradients', 'smooth_grad')
-  return FACTORIES[name](**({'pool': 4 if image_size > 64 else 2} if takes_pool else {}))
+  options: dict[str, Any] = {'pool': 4 if image_size > 64 else 2} if takes_pool else {}
+  if name == 'grad':
+    options['form'] = form
+  return FACTORIES[name](**options)
 
 
 __all__ = [

@@ -108,13 +108,10 @@ def _both_axes(rows: np.ndarray, columns: np.ndarray, v: Array) -> Array:
 def perturbed(x: Image, m: Array, config: MaskConfig) -> Image:
   """φ(x; m): x where m is 1, its blur where m is 0; x [B,H,W,C], m [B,h,w]."""
   height, width = x.shape[1:3]
-  blur = [gaussian_matrix(n, config.blur) for n in (height, width)]
-  soften = [
-    gaussian_matrix(n, config.mask_blur) @ bilinear_matrix(k, n)
-    for n, k in zip((height, width), m.shape[1:], strict=True)
-  ]
-  blurred = _both_axes(*blur, x)
-  return blurred + _both_axes(*soften, m)[..., None] * (x - blurred)
+  blurred = _both_axes(gaussian_matrix(height, config.blur), gaussian_matrix(width, config.blur), x)
+  soften = lambda n, cells: gaussian_matrix(n, config.mask_blur) @ bilinear_matrix(cells, n)  # noqa: E731
+  u = _both_axes(soften(height, m.shape[1]), soften(width, m.shape[2]), m)
+  return blurred + u[..., None] * (x - blurred)
 
 
 def jittered(x: Image, keys: Key, jitter: int) -> Image:
