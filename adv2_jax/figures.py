@@ -104,6 +104,8 @@ _CURVES = {
   'interpretation': ('Interpretation loss', 'log'),
 }
 
+FLOOR = 1e-3  # a hinged loss reaches 0, which a logarithmic axis cannot show
+
 
 def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
   """Success and both losses over gradient evaluations.
@@ -119,12 +121,13 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
     title, scale = _CURVES[name]
     for key, curve in history.items():
       attack, _, interpreter = key.partition('/')
+      floor = FLOOR if scale == 'log' else -np.inf
       points = [
-        (s, v)
+        (s, max(v, floor))
         for s, v in zip(curve['step'], curve.get(name, ()), strict=False)
-        if v is not None and (scale == 'linear' or v > 0)
+        if v is not None
       ]
-      if points:
+      if any(v > floor for _, v in points):  # plain PGD has no interpretation loss
         axis.plot(
           *zip(*points, strict=True),
           color=colour(attack),
@@ -135,7 +138,9 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
     axis.set_title(title)
     axis.set_yscale(scale)
     if scale == 'log':
-      axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+      low, high = axis.get_ylim()
+      subs = (1, 2, 5) if high < 50 * low else (1,)
+      axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
       axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
       axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_xlabel('gradient evaluations per example')
