@@ -1,5 +1,6 @@
-"""Flags that the commands share; each command calls the `define_…` functions it needs."""
+"""The flags of all commands; each calls the `define_…` functions it needs, then `start`."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,16 @@ from adv2_jax import data, interpreters, nets
 from adv2_jax.types import InputError
 
 FLAGS = flags.FLAGS
+LABEL_KEY_HELP = (
+  "Array of a packed file that holds the labels; imagenette: y_imagenet for ImageNet's numbers."
+)
 
 
 def define_data_flags() -> None:
   """Which images and which classifier."""
   flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
   flags.DEFINE_string('data_path', None, 'Folder or file of the data; tfds: its data directory.')
-  flags.DEFINE_string('label_key', 'y', 'Array of a packed file that holds the labels.')
+  flags.DEFINE_string('label_key', 'y', LABEL_KEY_HELP)
   flags.DEFINE_string('split', None, 'Split of scenes and tfds sets; default: the evaluation one.')
   flags.DEFINE_string('masks', None, 'Masks or boxes (.npz, .json) for localisation.')
   flags.DEFINE_integer('image_size', None, "Side in pixels; default: the model's own.")
@@ -50,8 +54,55 @@ def define_attack_flags() -> None:
   flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
 
 
+def define_evaluate_flags() -> None:
+  """Which run is judged anew."""
+  flags.DEFINE_string('workdir', None, 'The finished run.', required=True)
+
+
+def define_train_flags() -> None:
+  """What is trained, on what, and where it goes."""
+  flags.DEFINE_enum('task', 'classifier', ['classifier'], 'What to train.')
+  flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
+  flags.DEFINE_string('data_path', None, 'Folder or file of the training data.')
+  flags.DEFINE_string('test_path', None, 'The same for held-out data; default: scenes draw their '
+                      'test split, tfds sets use theirs, others hold out a tenth.')  # fmt: skip
+  flags.DEFINE_string('label_key', 'y', LABEL_KEY_HELP)
+  flags.DEFINE_integer(
+    'image_size', None, 'Resize and crop to this side; default: as stored.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'num_examples', None, 'Train on the first N; default: all (scenes: 16000).', lower_bound=1
+  )
+  flags.DEFINE_string('model', 'scene_resnet', f'One of {", ".join(nets.ZOO)}.')
+  flags.DEFINE_string('weights', None, 'Start from these weights; default: from random ones.')
+  flags.DEFINE_list('mean', None, "Channel means for normalisation; default: ImageNet's.")
+  flags.DEFINE_list('std', None, "Channel deviations; default: ImageNet's.")
+  flags.DEFINE_string('workdir', None, 'Where to write; default: runs/train-<task>-<model>.')
+  flags.DEFINE_bool('resume', False, 'Go on where the run in workdir stopped.')
+  flags.DEFINE_integer('seed', 0, 'Of initial weights, order and augmentation; never of the data.')
+  flags.DEFINE_integer('batch_size', 64, 'Images per step.', lower_bound=1)
+  flags.DEFINE_integer('epochs', 12, 'Passes over the training data.', lower_bound=1)
+  flags.DEFINE_integer('steps', None, 'Steps in all; overrides epochs.', lower_bound=1)
+  flags.DEFINE_enum('optimiser', 'sgd', ['sgd', 'adamw'], 'sgd: with Nesterov momentum.')
+  flags.DEFINE_float('learning_rate', 0.1, 'Peak of the one-cycle schedule.')
+  flags.DEFINE_float('weight_decay', 5e-4, 'On kernels only.')
+  flags.DEFINE_float('label_smoothing', 0.02, 'Share of the target spread over all classes.')
+
+
+def define_bench_flags() -> None:
+  """What is timed."""
+  flags.DEFINE_enum('model', 'resnet50', ['resnet18', 'resnet34', 'resnet50', 'resnet101'], 'Net.')
+  flags.DEFINE_string('weights', None, 'As in experiments.attack; default: random ones.')
+  flags.DEFINE_list('batch_sizes', ['4', '16'], 'Images per step, one table row each.')
+  flags.DEFINE_list('steps', ['cam', 'grad'], 'Which attack steps.')
+  flags.DEFINE_integer('repeats', 5, 'Measurements of each, the sides taking turns.')
+  flags.DEFINE_integer('image_size', 224, 'Side in pixels.')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
+  flags.DEFINE_string('out', None, 'Write the figures to this JSON file.')
+
+
 def config() -> dict[str, Any]:
-  """Every flag that these functions' module defined, by name."""
+  """The command's flags, by name."""
   found = FLAGS.flags_by_module_dict()[__name__]
   return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
 
@@ -80,12 +131,13 @@ def check(c: dict[str, Any]) -> None:
     )
 
 
-def start(main: Callable[[list[str]], None]) -> None:
-  """`app.run(main)`; `--help` lists the flags and exits 0, a wrong flag ends with its message."""
-  for module, defined in FLAGS.flags_by_module_dict().items():
-    if module.startswith('experiments.'):
-      for flag in defined:
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+def start(main: Callable[[dict[str, Any]], Any]) -> None:
+  """Runs a command on its `config`.
+
+  `--help` lists the flags and exits 0; bad input ends with one line on stderr and exit code 1.
+  """
+  for flag in FLAGS.flags_by_module_dict()[__name__]:
+    FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -95,14 +147,29 @@ def start(main: Callable[[list[str]], None]) -> None:
     except SystemExit:  # absl leaves with 1 after it has helped
       sys.exit(0)
 
-  app.run(main, flags_parser=parse)
+  def command(argv: list[str]) -> None:
+    if len(argv) > 1:
+      sys.exit(f'unexpected argument {argv[1]!r}')
+    try:
+      main(config())
+    except InputError as error:
+      sys.exit(str(error))
+
+  app.run(command, flags_parser=parse)
 
 
 def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
-  """The numbers of --mean or --std."""
+  """The three numbers of --mean or --std; None where the flag is not given."""
   if values is None:
     return None
   try:
-    return tuple(float(v) for v in values)
+    numbers = tuple(float(v) for v in values)
   except ValueError:
-    raise InputError(f'--{name} is {",".join(values)}; expected numbers like 0.5,0.5,0.5') from None
+    numbers = ()
+  low = 0 if name == 'std' else -math.inf
+  if len(numbers) != 3 or not all(low < v < math.inf for v in numbers):
+    kind = 'positive' if name == 'std' else 'finite'
+    raise InputError(
+      f'--{name} is {",".join(values)}; expected three {kind} numbers, such as 0.5,0.5,0.5'
+    )
+  return numbers

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from adv2_jax import api, checkpoints, data, images, interpreters, metrics, nets
 from adv2_jax.classifier import Classifier
@@ -53,8 +55,14 @@ def image_size(config: Mapping[str, Any]) -> int:
   return config['image_size'] or nets.DEFAULTS[config['model']].image_size
 
 
+def set_precision(dtype: str) -> None:
+  """Makes float32 products exact on GPUs too, which else round their factors to TF32."""
+  jax.config.update('jax_default_matmul_precision', 'highest' if dtype == 'float32' else None)
+
+
 def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
   """The classifier and the interpreters of a config."""
+  set_precision(config['dtype'])
   clf = checkpoints.load_classifier(
     config['model'],
     config['weights'],
@@ -83,12 +91,22 @@ def load(config: dict[str, Any]) -> Setup:
   dataset.check_classes(shape[-1])
   labels = dataset.labels
   target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1])
-  return Setup(config, clf, built, dataset, target_of)
+  # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
+  place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
+  built = {name: place(interpreter) for name, interpreter in built.items()}
+  return Setup(config, place(clf), built, dataset, target_of)
 
 
 def devices_of(config: dict[str, Any]) -> list[jax.Device]:
   """The local devices that share a batch."""
   return jax.local_devices()[: config['num_devices']]
+
+
+def mesh_of(config: dict[str, Any]) -> jax.sharding.Mesh:
+  """These devices in a row, along which the batch is cut."""
+  devices = devices_of(config)
+  auto = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
 
 
 @jax.jit
@@ -98,10 +116,17 @@ def _predict(clf: Classifier, x: Array) -> tuple[Array, Array]:
 
 
 def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
-  """(id, predicted class, least likely class) one after the other, computed in batches."""
+  """(id, predicted class, least likely class) one after the other, computed in batches.
+
+  Damaged images are left out, or raise InputError without --skip_corrupt.
+  """
   size = setup.config['batch_size']
   for start in range(0, len(ids), size):
     some = ids[start : start + size]
+    # Only small sets were checked as a whole.
+    some = some[~np.isin(some, list(setup.dataset.check(some).damaged))]
+    if not len(some):
+      continue
     x = images.from_uint8(setup.dataset.images(np.resize(some, size)))
     best, worst = (np.asarray(v)[: len(some)].tolist() for v in _predict(setup.clf, x))
     yield from zip(some.tolist(), best, worst, strict=True)
@@ -110,20 +135,21 @@ def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]
 def select(setup: Setup) -> Examples:
   """The first N examples, in data-set order, that are classified correctly and have a target.
 
-  An example whose class is the `--target_label` is passed over, and counted as skipped.
+  All other images up to the last one are counted as skipped: misclassified, damaged, or of the very
+  class that is the `--target_label`.
   """
   c, true, target_of = setup.config, setup.dataset.labels, setup.target_of
   chosen: list[int] = []
   targets: list[int] = []
   met: dict[int, list[int]] = {}  # predicted class -> ids
-  seen = 0
+  seen = len(true)
   for i, best, worst in predictions(setup, setup.dataset.ids):
     met.setdefault(best, []).append(i)
-    seen += 1
     if best == true[i] and (target := target_of(i, worst)) != true[i]:
       chosen.append(i)
       targets.append(target)
     if len(chosen) == c['skip_examples'] + c['num_examples']:
+      seen = i + 1
       break
   if len(chosen) <= c['skip_examples']:
     raise InputError(
@@ -131,6 +157,9 @@ def select(setup: Setup) -> Examples:
       f'{c["skip_examples"]}: check --weights, --mean, --std and --label_key'
     )
   chosen, targets = chosen[c['skip_examples'] :], targets[c['skip_examples'] :]
+  for label in sorted({int(true[i]) for i in chosen}):
+    if len(met[label]) == 1 and (other := _first(setup, label, seen)) >= 0:
+      met[label].append(other)
   others = [_next(met[int(true[i])], i) for i in chosen]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
@@ -146,26 +175,29 @@ def _next(ids: list[int], i: int) -> int:
   return ids[(ids.index(i) + 1) % len(ids)] if len(ids) > 1 else -1
 
 
+def _first(setup: Setup, label: int, start: int = 0) -> int:
+  """The first id from `start` on that is of this class and taken for it; −1 when there is none."""
+  ids = setup.dataset.ids[setup.dataset.ids >= start]
+  of_class = ids[setup.dataset.labels[ids] == label]
+  return next((i for i, best, _ in predictions(setup, of_class) if best == label), -1)
+
+
 def _donor(setup: Setup, target: int) -> int:
-  candidates = setup.dataset.ids[setup.dataset.labels[setup.dataset.ids] == target]
-  for i, best, _ in predictions(setup, candidates):
-    if best == target:
-      return i
-  raise InputError(
-    f'--target_map random_class: no correctly classified image of class {target} in the data set; '
-    'choose other targets with --target_label, or --target_map random_patch'
-  )
+  donor = _first(setup, target)
+  if donor < 0:
+    raise InputError(
+      f'--target_map random_class: no correctly classified image of class {target} in the data '
+      'set; choose other targets with --target_label, or --target_map random_patch'
+    )
+  return donor
 
 
 def shards(setup: Setup, examples: Examples, rows: np.ndarray) -> Iterator[Shard]:
   """These rows of the examples in batches of equal shape; the last is filled by padding rows."""
-  config, devices = setup.config, devices_of(setup.config)
-  per_device = min(config['batch_size'], -(-len(examples.id) // len(devices)))
-  size = per_device * len(devices)
-  auto = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
-  over_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  place = functools.partial(jax.device_put, device=over_data)
+  config, mesh = setup.config, mesh_of(setup.config)
+  per_device = min(config['batch_size'], -(-len(examples.id) // mesh.size))
+  size = per_device * mesh.size
+  place = functools.partial(jax.device_put, device=NamedSharding(mesh, P('data')))
   for start in range(0, len(rows), size):
     some = rows[start : start + size]
     padded = np.resize(some, size)

@@ -106,6 +106,7 @@ def make(
 
   That function returns the first step's gradient, NHWC.
   """
+  torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on both sides
   net = ResNet(model, tensors['fc.bias'].shape[0])
   net.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=False)
   net.eval().requires_grad_(False).to(device)

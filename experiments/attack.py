@@ -23,14 +23,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags
 
 from adv2_jax import api, images, metrics, presets, report
-from adv2_jax.store import Workdir, as_records, default_workdir, image_folder, map_folder
+from adv2_jax.store import (
+  Workdir,
+  as_records,
+  check_workdir,
+  default_workdir,
+  image_folder,
+  map_folder,
+)
 from adv2_jax.types import Array, InputError, Map
 from experiments import _flags, _setup, _targets
 
-FLAGS = flags.FLAGS
 ATTACKS = ('benign', 'other', 'pgd', 'adv2')
 NOT_PERTURBED = ('benign', 'other')
 score = jax.jit(metrics.score, static_argnames='shown')
@@ -136,7 +141,7 @@ class Run(NamedTuple):
     return x8, {
       'curves': {'step': history.evaluations, **curves, 'success': history.success[:, keep] * 1.0},
       'gradient_evaluations': int(history.evaluations[-1]),
-      'network_passes': float(history.passes[-1]),
+      'network_passes': int(history.passes[-1]),
       **self.watch.since(start),
     }
 
@@ -175,8 +180,11 @@ class Run(NamedTuple):
       keep &= shard.other >= 0
       arrays = {}
       scores = {k: v for k, v in scores.items() if k not in ('linf', 'l2', 'out_of_set')}
-    elif np.asarray(scores['out_of_set'])[shard.is_real].any():
-      raise AssertionError(f'{attack} {name}: an image left the declared perturbation set')
+    elif (left := np.asarray(scores['out_of_set']) & shard.is_real).any():
+      raise InputError(
+        f'{attack} on {name}: the image of example {shard.id[left][0]} is outside of the '
+        'perturbation set, so nothing of its batch was written; this is a fault: please report it'
+      )
     columns = {'id': shard.id, 'label': shard.label, 'target': shard.batch.target}
     records = as_records(scores, keep, **columns)
     kept = {folder: np.asarray(array)[keep] for folder, array in arrays.items()}
@@ -208,17 +216,24 @@ def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[di
       }
 
 
+def commit_of(folder: pathlib.Path) -> str | None:
+  """The commit checked out in `folder`; None unless it is a repository, not just inside of one."""
+  command = ['git', 'rev-parse', '--show-toplevel', '--short', 'HEAD']
+  found = []
+  with contextlib.suppress(OSError):  # no git on this machine
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    found = done.stdout.splitlines()
+  own = len(found) == 2 and pathlib.Path(found[0]).resolve() == folder.resolve()
+  return found[1] if own else None
+
+
 def environment(config: dict[str, Any]) -> dict[str, Any]:
   """What ran the attack."""
-  command, here = ['git', 'rev-parse', '--short', 'HEAD'], pathlib.Path(__file__).parent
-  commit = ''
-  with contextlib.suppress(OSError):  # no git on this machine
-    commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout
   devices = _setup.devices_of(config)
   return {
     'jax': jax.__version__,
     'devices': f'{len(devices)} × {devices[0].device_kind}',
-    'commit': commit.strip() or None,
+    'commit': commit_of(pathlib.Path(__file__).parents[1]),
   }
 
 
@@ -245,15 +260,21 @@ def table(found: list[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def run(config: dict[str, Any], workdir_flag: str | None, resume: bool) -> Workdir:
+def run(config: dict[str, Any]) -> Workdir:
   """The whole command, once the flags are known."""
+  _flags.check(config)
+  path, resume = config['workdir'] or default_workdir(config), config['resume']
+  check_workdir(path, config, resume)
   setup = _setup.load(config)
   given = {}
   if config['target_map'] not in _targets.MAPS:
     given = _targets.read_maps(config['target_map'], config['interpreters'])
-  workdir = Workdir.create(workdir_flag or default_workdir(config), config, resume)
   examples = _setup.select(setup)
   _setup.check_given_maps(setup, examples, given)
+  if len(examples.id) < config['num_examples']:
+    few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
+    print(f'{few}: the classifier gets no more right', file=sys.stderr)
+  workdir = Workdir.create(path, config, resume)
   done = {(a, name): workdir.done(a, name) for a in ATTACKS for name in setup.interpreters}
   # 'other' is left out: an example without another of its class never gets that record.
   whole = set.intersection(*(ids for (a, _), ids in done.items() if a != 'other'))
@@ -273,19 +294,7 @@ def run(config: dict[str, Any], workdir_flag: str | None, resume: bool) -> Workd
   return workdir
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command; bad input ends with one line on stderr and exit code 1."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  config = _flags.config()
-  try:
-    _flags.check(config)
-    run(config, FLAGS.workdir, FLAGS.resume)
-  except InputError as error:
-    sys.exit(str(error))
-
-
 if __name__ == '__main__':
   _flags.define_data_flags()
   _flags.define_attack_flags()
-  _flags.start(main)
+  _flags.start(run)

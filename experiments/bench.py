@@ -23,15 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 
-from adv2_jax import checkpoints, interpreters, nets, perturbations
+from adv2_jax import checkpoints, images, interpreters, nets, perturbations, store
 from adv2_jax.attack import adv2, run_chunk
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.types import Batch, InputError, PyTree
-from experiments import _bench_flags
+from experiments import _flags, _setup
 
-FLAGS = flags.FLAGS
 EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
 CHUNK = 4  # gradient evaluations per measurement
 
@@ -102,14 +100,16 @@ def first_gradient(clf: Classifier, step: str, batch: Batch) -> np.ndarray:
   return np.asarray(jax.jit(run)(clf, batch))
 
 
-def torch_side(tensors: Mapping[str, np.ndarray]) -> Callable[..., Any] | None:
+def torch_side(
+  model: str, tensors: Mapping[str, np.ndarray], dtype: str
+) -> Callable[..., Any] | None:
   """The same loop in PyTorch, or None where it is not installed."""
   try:
     from experiments import _torch_step
   except ImportError:
     return None
   device = 'cuda' if jax.default_backend() == 'gpu' and _torch_step.has_cuda() else 'cpu'
-  return _torch_step.make(FLAGS.model, tensors, IMAGENET_MEAN, IMAGENET_STD, FLAGS.dtype, device)
+  return _torch_step.make(model, tensors, IMAGENET_MEAN, IMAGENET_STD, dtype, device)
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
@@ -142,42 +142,43 @@ def forward_flops(clf: Classifier, x: jax.Array) -> float:
   return float((cost or {}).get('flops', np.nan))
 
 
-def bench() -> dict[str, Any]:
+def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   """Measures and prints; returns what --out gets."""
-  sizes = _positive(FLAGS.batch_sizes)
-  for step in FLAGS.steps:
+  weights, size, dtype = config['weights'], config['image_size'], config['dtype']
+  batch_sizes = _positive(config['batch_sizes'])
+  for step in config['steps']:
     if step not in ('cam', 'grad'):
       raise InputError(f'--steps has {step!r}; expected cam, grad or both')
-  if FLAGS.repeats < 1 or FLAGS.image_size < 64:
+  if config['repeats'] < 1 or size < 64:
     raise InputError(
-      f'--repeats is {FLAGS.repeats}, --image_size {FLAGS.image_size}; expected ≥ 1 and ≥ 64'
+      f'--repeats is {config["repeats"]}, --image_size {size}; expected ≥ 1 and ≥ 64'
     )
-  module = nets.build(FLAGS.model, dtype=jnp.bfloat16 if FLAGS.dtype == 'bfloat16' else None)
-  if FLAGS.weights:
-    tensors = checkpoints.read_tensors(FLAGS.weights)
-    variables = checkpoints.load_variables(module, tensors, FLAGS.weights)
+  _setup.set_precision(dtype)
+  module = nets.build(config['model'], dtype=jnp.bfloat16 if dtype == 'bfloat16' else None)
+  if weights:
+    variables = checkpoints.load_variables(module, checkpoints.read_tensors(weights), weights)
   else:
-    variables = random_variables(module, FLAGS.image_size)
+    variables = random_variables(module, size)
   clf = from_linen(module, variables)
-  rival = torch_side(checkpoints.to_tensors(variables))
+  rival = torch_side(config['model'], checkpoints.to_tensors(variables), dtype)
   if rival is None:
     print("PyTorch is not installed (pip install '.[bench]'): the library is timed alone")
 
   on_cpu = jax.default_backend() == 'cpu'
   ceilings = {
-    dtype: matmul_flops(2048 if on_cpu else 8192, dtype)
-    for dtype in (['float32'] if on_cpu else ['float32', 'bfloat16'])
+    name: matmul_flops(2048 if on_cpu else 8192, name)
+    for name in (['float32'] if on_cpu else ['float32', 'bfloat16'])
   }
-  for dtype, flops in ceilings.items():
-    print(f'matrix product, {dtype}: {flops / 1e12:.3f} Tflop/s')
+  for name, flops in ceilings.items():
+    print(f'matrix product, {name}: {flops / 1e12:.3f} Tflop/s')
 
   rows = []
-  for step in FLAGS.steps:
-    for n in sizes:
-      rows.append(measure(clf, step, n, rival, ceilings.get(FLAGS.dtype)))
+  for step in config['steps']:
+    for n in batch_sizes:
+      rows.append(measure(clf, step, n, size, config['repeats'], rival, ceilings.get(dtype)))
       print(table(rows[-1:], header=len(rows) == 1), flush=True)
   return {
-    'config': {flag.name: flag.value for flag in _bench_flags.all_flags()},
+    'config': dict(config),
     'environment': {
       'jax': jax.__version__,
       'torch': sys.modules['torch'].__version__ if rival else None,
@@ -191,10 +192,15 @@ def bench() -> dict[str, Any]:
 
 
 def measure(
-  clf: Classifier, step: str, n: int, rival: Callable[..., Any] | None, ceiling: float | None
+  clf: Classifier,
+  step: str,
+  n: int,
+  size: int,
+  repeats: int,
+  rival: Callable[..., Any] | None,
+  ceiling: float | None,
 ) -> dict[str, Any]:
   """One row: the step at batch size n."""
-  size = FLAGS.image_size
   logits = jax.eval_shape(clf.apply_fn, clf.params, jnp.zeros((1, size, size, 3)))
   map_size = logits.taps['features'].shape[1] if step == 'cam' else size // 4
   batch = make_batch(n, size, logits.logits.shape[1], map_size)
@@ -206,12 +212,12 @@ def measure(
     sides['torch'] = lambda: theirs(CHUNK)
     a, b = first_gradient(clf, step, batch), theirs(1)
     row['gradient_difference'] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-  seconds = take_turns(sides, FLAGS.repeats)
+  seconds = take_turns(sides, repeats)
   for name, s in seconds.items():
     row |= {f'seconds_{name}': float(np.median(s)), f'seconds_{name}_min': float(s.min())}
   if rival is not None:
     row['ratio'] = float(np.median(seconds['torch'] / seconds['jax']))
-  passes = make_attack(clf, step).passes[0]
+  passes = make_attack(clf, step).passes(1)
   flops = passes * forward_flops(clf, batch.x)
   row['flops'] = flops
   row['ceiling_share'] = flops / row['seconds_jax_min'] / ceiling if ceiling else None
@@ -257,19 +263,15 @@ def _positive(values: list[str]) -> list[int]:
   return sizes
 
 
-def main(argv: list[str]) -> None:
-  """Runs the benchmark; bad input ends with one line on stderr."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  try:
-    figures = bench()
-  except InputError as error:
-    sys.exit(str(error))
-  if FLAGS.out:
-    pathlib.Path(FLAGS.out).write_text(json.dumps(figures, indent=1) + '\n')
-    print(FLAGS.out)
+def main(config: Mapping[str, Any]) -> None:
+  """The whole command."""
+  figures = bench(config)
+  if out := config['out']:
+    with store.writing(pathlib.Path(out), 'choose another --out'):
+      images.write_atomic(out, (json.dumps(figures, indent=1) + '\n').encode())
+    print(out)
 
 
 if __name__ == '__main__':
-  _bench_flags.define_bench_flags()
-  app.run(main)
+  _flags.define_bench_flags()
+  _flags.start(main)

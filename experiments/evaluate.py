@@ -9,24 +9,22 @@ The 'other' rows are left out, for the images they were made from are not kept; 
 game and energy inside, unless masks/ is there.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from adv2_jax import images, metrics, report, store
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, InputError, Interpreter
-from experiments import _setup, attack
+from experiments import _flags, _setup, attack
 
-FLAGS = flags.FLAGS
 # What another device may change. IoU is a count of cells, and one cell may cross the threshold.
 CELL = 0.02
 TOLERANCE = {'map_iou': 0.03, 'map_spearman': 0.01, 'map_ssim': 0.01, 'pointing_game': 0.0}
 OTHERWISE = 2e-3
+LOCALISATION = ('pointing_game', 'energy_inside')
 
 
 class Disagreement(InputError):
@@ -56,7 +54,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
     for kind, records in found.items():
       attacked = kind not in attack.NOT_PERTURBED
       row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
-      _compare_rows(results.row(kind, name), row)
+      _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
       rows.append(row)
   return rows
 
@@ -144,14 +142,18 @@ def _compare_maps(fresh: np.ndarray, stored: Array, kind: str, name: str, ids: l
       raise Disagreement(f'{file} differs from the fresh map by {worst:.3g} in a cell')
 
 
-def _compare_rows(said: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+def _compare_rows(said: Mapping[str, Any], row: Mapping[str, Any], has_masks: bool) -> None:
   where = f'{row["attack"]}/{row["interpreter"]}'
-  plain = metrics.MAP_FIELDS if row['attack'] in attack.NOT_PERTURBED else ()
   for field, value in row.items():
-    # Without masks/ there is nothing to compare localisation with.
-    if field in ('interpreter', 'attack', 'asr_ci95', *plain) or value is None:
+    if field in ('interpreter', 'attack'):
       continue
-    _compare(where, field, said.get(field), value, 'metrics.json')
+    if field.startswith(LOCALISATION) and not has_masks:
+      continue
+    if field == 'asr_ci95':
+      for bound, told in zip(value or (None, None), said.get(field) or (None, None), strict=True):
+        _compare(where, field, told, bound, 'metrics.json')
+    else:
+      _compare(where, field, said.get(field), value, 'metrics.json')
 
 
 def _compare(where: str, field: str, said: Any, computed: Any, file: str) -> None:
@@ -163,18 +165,13 @@ def _compare(where: str, field: str, said: Any, computed: Any, file: str) -> Non
     raise Disagreement(f'{where}: {field} is {computed}, {file} says {said}')
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command; a disagreement or bad input ends with one line on stderr and exit code 1."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  try:
-    rows = rescore(FLAGS.workdir)
-  except InputError as error:
-    sys.exit(str(error))
+def main(config: Mapping[str, Any]) -> None:
+  """The whole command; a disagreement is an InputError."""
+  rows, workdir = rescore(config['workdir']), config['workdir']
   print(attack.table(rows))
-  print(f'{FLAGS.workdir}: all {sum(r["n"] for r in rows)} re-scored images agree with its files')
+  print(f'{workdir}: all {sum(r["n"] for r in rows)} re-scored images agree with its files')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'The finished run.', required=True)
-  app.run(main)
+  _flags.define_evaluate_flags()
+  _flags.start(main)

@@ -14,33 +14,35 @@ and a CIFAR-10 net is made by
 """
 
 import csv
-import dataclasses
 import os
+import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
-from absl import app, flags
 
 from adv2_jax import checkpoints, data, images, interpreters, metrics, nets, store, training
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
-from adv2_jax.types import InputError
-from experiments import _train_flags
+from adv2_jax.types import InputError, Key, PyTree
+from experiments import _flags
 
-FLAGS = flags.FLAGS
+LOG = 'log.csv'
 NUM_SCENES = 16000
 SAVE_EVERY = 250  # steps
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-  """A data set in memory: image u8[N,H,W,3], label i32[N]."""
+class Arrays(NamedTuple):
+  """Examples in memory: image u8[N,H,W,3], label i32[N]."""
 
+  dataset: data.Dataset
   image: np.ndarray
   label: np.ndarray
   description: str
@@ -56,7 +58,7 @@ def in_memory(dataset: data.Dataset, ids: np.ndarray, description: str) -> Array
       raise InputError(f'image {dataset.describe(i)} is {one.shape}, not {first.shape}: '
                        'give --image_size')  # fmt: skip
     image[row] = one
-  return Arrays(image, dataset.labels[ids], f'{description}, {len(ids)} images')
+  return Arrays(dataset, image, dataset.labels[ids], f'{description}, {len(ids)} images')
 
 
 class Opened(NamedTuple):
@@ -71,18 +73,19 @@ class Opened(NamedTuple):
     return in_memory(self.dataset, self.ids, f'{self.dataset.name} {what}{seed}')
 
 
-def open_data() -> tuple[Opened, Opened]:
+def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
   """Training and held-out data, opened and checked but not decoded."""
-  name, limit = FLAGS.dataset, FLAGS.num_examples
+  name, limit, path = config['dataset'], config['num_examples'], config['data_path']
+  options = {'image_size': config['image_size']}
   if name == 'scenes':
-    train = data.scenes('train', limit or NUM_SCENES, image_size=FLAGS.image_size)
-    test = data.scenes('test', image_size=FLAGS.image_size)
+    train = data.scenes('train', limit or NUM_SCENES, **options)
+    test = data.scenes('test', **options)
     return Opened(train, train.ids), Opened(test, test.ids)
-  options = {'image_size': FLAGS.image_size, 'label_key': FLAGS.label_key}
+  options['label_key'] = config['label_key']
   split = 'train' if name in data.TFDS else None
-  train = data.load(name, FLAGS.data_path, split=split, **options)
-  if FLAGS.test_path or split:
-    test = data.load(name, FLAGS.test_path or FLAGS.data_path, **options)
+  train = data.load(name, path, split=split, **options)
+  if config['test_path'] or split:
+    test = data.load(name, config['test_path'] or path, **options)
     test.check_classes(train.num_classes)
     return Opened(train, train.ids[:limit]), Opened(test, test.ids)
   ids = train.ids[:limit]
@@ -121,12 +124,14 @@ def pixels_and_histogram(image: np.ndarray, cells: int = 16, bins: int = 16) -> 
   return np.concatenate([blocks.reshape(n, -1), histogram.reshape(n, -1), mean], axis=1)
 
 
-def pointing_game(weights: str, dataset: data.Dataset, n: int = 500) -> dict[str, float]:
+def pointing_game(
+  model: str, weights: str, dataset: data.Dataset, n: int = 500
+) -> dict[str, float]:
   """Interpreter -> share of maps (of the true class) whose maximum lies on the object.
 
   Beside them, as `chance`, the share that a random pixel would score.
   """
-  clf = checkpoints.load_classifier(FLAGS.model, weights)
+  clf = checkpoints.load_classifier(model, weights)
   masks = np.stack([np.asarray(dataset.mask(i)) for i in range(n)])
   batches = [np.arange(start, start + 50) for start in range(0, n, 50)]
   scores = {'chance': float(masks.mean())}
@@ -142,103 +147,125 @@ def pointing_game(weights: str, dataset: data.Dataset, n: int = 500) -> dict[str
   return scores
 
 
-def normalisation(text: list[str] | None, default: tuple[float, ...]) -> tuple[float, ...]:
-  """Three numbers of a flag, or the default."""
-  try:
-    values = tuple(float(v) for v in text) if text else default
-  except ValueError:
-    values = ()
-  if len(values) != 3:
-    raise InputError(f'--mean or --std is {text}: expected three numbers, such as 0.5,0.5,0.5')
-  return values
+class Job(NamedTuple):
+  """A training, ready to start."""
+
+  config: Mapping[str, Any]
+  path: pathlib.Path
+  train: Arrays
+  test: Arrays
+  module: nn.Module
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  tx: optax.GradientTransformation
+  state: training.TrainState
+  batch_at: Callable[[int], training.TrainBatch]
+  per_epoch: int
+  steps: int
+  evaluate: Callable[[PyTree], float]  # variables -> accuracy on the held-out images
 
 
-def train_classifier() -> None:
-  """Trains, evaluates on held-out images and writes weights and card."""
-  mean, std = normalisation(FLAGS.mean, IMAGENET_MEAN), normalisation(FLAGS.std, IMAGENET_STD)
-  module = nets.build(FLAGS.model)  # An unknown name is told before anything is decoded.
-  train_data, test_data = open_data()
-  config = {flag.name: flag.value for flag in _train_flags.all_flags()}
-  # batch_size is free for attacks, whose results do not depend on it; for training it counts.
-  config['images_per_step'] = FLAGS.batch_size
-  workdir = store.Workdir.create(
-    FLAGS.workdir or f'runs/train-{FLAGS.task}-{FLAGS.model}', config, FLAGS.resume
-  ).path
-  train, test = train_data.decode('train'), test_data.decode('held out')
-  dataset = train_data.dataset
-  module = nets.build(FLAGS.model, num_classes=dataset.num_classes)
-
-  batch_at = training.shuffled(train.image, train.label, FLAGS.batch_size, FLAGS.seed)
-  per_epoch = len(train.label) // FLAGS.batch_size
-  steps = FLAGS.steps or FLAGS.epochs * per_epoch
-  tx = training.optimiser(
-    FLAGS.optimiser, FLAGS.learning_rate, steps, weight_decay=FLAGS.weight_decay
-  )
-  init_key, step_key = jax.random.split(jax.random.key(FLAGS.seed))
-  state = training.init_state(module, tx, train.image.shape[1:], init_key)
-  if FLAGS.weights:
-    tensors = checkpoints.read_tensors(FLAGS.weights)
-    state = state.replace(variables=checkpoints.load_variables(module, tensors, FLAGS.weights))
-  checkpoint = workdir / 'state.msgpack'
-  if FLAGS.resume and checkpoint.exists():
-    state = training.load_state(checkpoint, state)
-  augment = training.mirror_and_relight if FLAGS.dataset == 'scenes' else training.pad_crop_flip
-  step = training.classifier_step(
-    module, tx, mean=mean, std=std, augment=augment, label_smoothing=FLAGS.label_smoothing
-  )
+def prepare(config: Mapping[str, Any]) -> Job:
+  """Refuses whatever is wrong; makes the working directory last."""
+  c = config
+  mean = _flags.floats(c['mean'], 'mean') or IMAGENET_MEAN
+  std = _flags.floats(c['std'], 'std') or IMAGENET_STD
+  nets.build(c['model'])  # Wrong names are told before anything is decoded.
+  tensors = checkpoints.read_tensors(c['weights']) if c['weights'] else None
+  path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
+  store.check_workdir(path, c, c['resume'])
+  opened = open_data(c)
+  train, test = opened[0].decode('train'), opened[1].decode('held out')
+  module = nets.build(c['model'], num_classes=train.dataset.num_classes)
+  batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
+  per_epoch = len(train.label) // c['batch_size']
+  steps = c['steps'] or c['epochs'] * per_epoch
+  tx = training.optimiser(c['optimiser'], c['learning_rate'], steps, weight_decay=c['weight_decay'])
+  state = training.init_state(module, tx, train.image.shape[1:], _keys(c)[0])
+  if tensors:
+    state = state.replace(variables=checkpoints.load_variables(module, tensors, c['weights']))
   evaluate = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
+  made = store.Workdir.create(path, c, c['resume']).path
+  return Job(
+    c, made, train, test, module, mean, std, tx, state, batch_at, per_epoch, steps, evaluate
+  )
+
+
+def _keys(config: Mapping[str, Any]) -> Key:
+  """Of the initial weights, and of the steps."""
+  return jax.random.split(jax.random.key(config['seed']))
+
+
+def fit(job: Job) -> PyTree:
+  """Trains, from the last saved state if there is one; returns the variables."""
+  c, state, checkpoint = job.config, job.state, job.path / 'state.msgpack'
+  if c['resume'] and checkpoint.exists():
+    state = training.load_state(checkpoint, state)
+  augment = training.mirror_and_relight if c['dataset'] == 'scenes' else training.pad_crop_flip
+  step = training.classifier_step(
+    job.module,
+    job.tx,
+    mean=job.mean,
+    std=job.std,
+    augment=augment,
+    label_smoothing=c['label_smoothing'],
+  )
   columns = ('step', 'loss', 'accuracy', 'seconds', 'images_per_second', 'held_out_accuracy')
-  log_path = workdir / 'log.csv'
-  with log_path.open('a', newline='', buffering=1) as file:
+  with (job.path / LOG).open('a', newline='', buffering=1) as file:
     writer = csv.DictWriter(file, columns, restval='')
     if not file.tell():
       writer.writeheader()
-    state = training.fit(
-      step, state, batch_at, steps, step_key, checkpoint=checkpoint, save_every=SAVE_EVERY,
-      evaluate=evaluate, evaluate_every=per_epoch, log=writer.writerow,
-    )  # fmt: skip
+    return training.fit(
+      step, state, job.batch_at, job.steps, _keys(c)[1], checkpoint=checkpoint,
+      save_every=SAVE_EVERY, evaluate=job.evaluate, evaluate_every=job.per_epoch,
+      log=writer.writerow,
+    ).variables  # fmt: skip
 
-  with log_path.open(newline='') as file:
+
+def write_card(job: Job, variables: PyTree) -> None:
+  """Writes the weights and their card; the accuracy on it is that of the file, read back."""
+  c, weights = job.config, job.path / f'{job.config["model"]}.safetensors'
+  with (job.path / LOG).open(newline='') as file:
     seconds = sum(float(row['seconds'] or 0) for row in csv.DictReader(file))
   arguments = [a for a in sys.argv[1:] if a.lstrip('-') != 'resume']
-  # The accuracy on the card is that of the file: written, read back and evaluated.
-  weights = workdir / f'{FLAGS.model}.safetensors'
   card: dict[str, Any] = {
-    'model': FLAGS.model,
-    'num_classes': dataset.num_classes,
-    'mean': mean,
-    'std': std,
+    'model': c['model'],
+    'num_classes': job.train.dataset.num_classes,
+    'mean': job.mean,
+    'std': job.std,
     'accuracy': None,
     'command': shlex.join(['python', '-m', 'experiments.train', *arguments]),
-    'data': {'train': train.description, 'held_out': test.description},
-    'class_names': dataset.class_names,
-    'seed': FLAGS.seed,
-    'steps': steps,
+    'data': {'train': job.train.description, 'held_out': job.test.description},
+    'class_names': job.train.dataset.class_names,
+    'seed': c['seed'],
+    'steps': job.steps,
     'seconds': round(seconds),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on '
     f'{jax.default_backend()}',
   }
-  checkpoints.save_checkpoint(weights, state.variables, card)
-  stored = checkpoints.load_variables(module, checkpoints.read_tensors(weights), str(weights))
-  card['accuracy'], full = evaluate(stored), evaluate(state.variables)
-  if FLAGS.dataset == 'scenes':
-    card['linear_baseline_accuracy'] = linear_baseline(train, test)
-    card['pointing_game'] = pointing_game(str(weights), test_data.dataset)
-  checkpoints.save_checkpoint(weights, state.variables, card)
+  checkpoints.save_checkpoint(weights, variables, card)
+  stored = checkpoints.load_variables(job.module, checkpoints.read_tensors(weights), str(weights))
+  card['accuracy'], full = job.evaluate(stored), job.evaluate(variables)
+  if c['dataset'] == 'scenes':
+    card['linear_baseline_accuracy'] = linear_baseline(job.train, job.test)
+    card['pointing_game'] = pointing_game(c['model'], str(weights), job.test.dataset)
+  checkpoints.save_checkpoint(weights, variables, card)
   print(f'held-out accuracy {card["accuracy"]:.4f} (before rounding the weights {full:.4f})')
   print(weights)
 
 
-def main(argv: list[str]) -> None:
-  """Runs the task; bad input ends with one line on stderr."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  try:
-    {'classifier': train_classifier}[FLAGS.task]()
-  except InputError as error:
-    sys.exit(str(error))
+def train_classifier(config: Mapping[str, Any]) -> None:
+  """The whole command."""
+  job = prepare(config)
+  with store.writing(job.path):
+    write_card(job, fit(job))
+
+
+def main(config: Mapping[str, Any]) -> None:
+  """Runs the task."""
+  {'classifier': train_classifier}[config['task']](config)
 
 
 if __name__ == '__main__':
-  _train_flags.define_train_flags()
-  app.run(main)
+  _flags.define_train_flags()
+  _flags.start(main)

@@ -25,6 +25,27 @@ def shared_data(name: str) -> pathlib.Path:
   return path
 
 
+class _Recorder:
+  """Stands for absl.flags: keeps the defaults, defines nothing in this process."""
+
+  def __init__(self):
+    self.defaults = {}
+
+  def __getattr__(self, name):
+    return lambda flag, default, *_, **__: self.defaults.update({flag: default})
+
+
+def flag_defaults(*define):
+  """{flag: default} of these functions of `experiments._flags`."""
+  from experiments import _flags
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_flags, 'flags', _Recorder())
+    for function in define:
+      function()
+    return _flags.flags.defaults
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

@@ -7,24 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from conftest import flag_defaults
 
 from adv2_jax import checkpoints, nets
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, from_linen
 from adv2_jax.nets.resnet import Bottleneck, ResNet
 from adv2_jax.types import InputError
-from experiments import _bench_flags, bench
+from experiments import _flags, bench
 
 SIZE, CLASSES = 64, 12
 
 
-@pytest.fixture(autouse=True, scope='module')
-def bench_flags():
-  if 'repeats' not in flags.FLAGS:
-    _bench_flags.define_bench_flags()
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['bench'])
+def config(**changes):
+  return flag_defaults(_flags.define_bench_flags) | changes
 
 
 @functools.cache
@@ -97,11 +92,8 @@ def test_forward_flops_are_those_counted_by_hand():
 def test_the_whole_command(torch_step, monkeypatch, tmp_path, capsys):
   monkeypatch.setitem(nets.ZOO, 'resnet50', functools.partial(ResNet, (1, 1, 1, 1), Bottleneck))
   monkeypatch.setattr(bench, 'matmul_flops', lambda n, dtype: 1e11)
-  out = tmp_path / 'bench.json'
-  with flagsaver.flagsaver(
-    batch_sizes=['1', '2'], steps=['cam'], repeats=1, image_size=64, out=str(out)
-  ):
-    bench.main(['bench'])
+  out, small = tmp_path / 'bench.json', {'steps': ['cam'], 'repeats': 1, 'image_size': 64}
+  bench.main(config(**small, batch_sizes=['1', '2'], out=str(out)))
   text = capsys.readouterr().out
   figures = json.loads(out.read_text())
   assert [row['batch_size'] for row in figures['rows']] == [1, 2]
@@ -110,9 +102,8 @@ def test_the_whole_command(torch_step, monkeypatch, tmp_path, capsys):
     assert row['gradient_difference'] < 1e-3
     assert row['ratio'] == pytest.approx(row['seconds_torch'] / row['seconds_jax'])
     assert f'{row["seconds_jax"]:.4f}' in text
-  monkeypatch.setattr(bench, 'torch_side', lambda tensors: None)
-  with flagsaver.flagsaver(batch_sizes=['1'], steps=['cam'], repeats=1, image_size=64, out=None):
-    bench.main(['bench'])
+  monkeypatch.setattr(bench, 'torch_side', lambda *_: None)
+  bench.main(config(**small, batch_sizes=['1']))
   assert 'timed alone' in capsys.readouterr().out
 
 
@@ -127,5 +118,12 @@ def test_the_whole_command(torch_step, monkeypatch, tmp_path, capsys):
   ],
 )
 def test_bad_flags(values, named):
-  with flagsaver.flagsaver(**values), pytest.raises(InputError, match=named):
-    bench.bench()
+  with pytest.raises(InputError, match=named):
+    bench.bench(config(**values))
+
+
+def test_figures_that_cannot_be_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench, 'bench', lambda config: {})
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(InputError, match=r'cannot write .*file.*choose another --out'):
+    bench.main(config(out=str(tmp_path / 'file' / 'bench.json')))

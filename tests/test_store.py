@@ -222,11 +222,11 @@ def test_read_only_directory_is_refused_before_work(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written_is_found_without_making_it(tmp_path, monkeypatch):
   store.check_workdir(tmp_path / 'a' / 'run', CONFIG, False)
 
-  def read_only(dir):  # noqa: A002
+  def read_only(dir):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
   monkeypatch.setattr(store.tempfile, 'TemporaryFile', read_only)
-  with pytest.raises(store.StoreError, match='cannot write .*: Read-only file system'):
+  with pytest.raises(store.StoreError, match=r'cannot write .*: Read-only file system'):
     store.check_workdir(tmp_path / 'a' / 'run', CONFIG, False)
   assert not list(tmp_path.iterdir())
 

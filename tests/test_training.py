@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import flag_defaults
 
 from adv2_jax import checkpoints, training
 from adv2_jax.types import InputError, Outputs
+from experiments import _flags, train
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -248,13 +251,49 @@ def test_the_command_trains_resumes_and_refuses(tmp_path):
   assert 'steps' in other.stderr.splitlines()[-1]
 
 
-def test_the_command_names_what_is_wrong(tmp_path):
-  done = run_train(tmp_path, '--model=resnet19', '--workdir=w')
-  assert done.returncode != 0
-  assert "unknown model 'resnet19'" in done.stderr.splitlines()[-1]
-  assert not (tmp_path / 'w').exists()
+@pytest.fixture
+def config(tmp_path):
+  """The command's flags for a data set of 48 small images."""
+  image, labels = colours(48, size=16)
+  np.savez(tmp_path / 'a.npz', image=image, label=labels)
+  few = {'dataset': 'npz', 'data_path': str(tmp_path / 'a.npz'), 'batch_size': 8, 'steps': 3}
+  return flag_defaults(_flags.define_train_flags) | few | {'workdir': str(tmp_path / 'w')}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model': 'resnet19'}, "unknown model 'resnet19'"),
+    ({'std': ['1', '0', '1']}, '--std is 1,0,1; expected three positive numbers'),
+    ({'mean': ['nan', '0', '0']}, '--mean is nan,0,0; expected three finite numbers'),
+    ({'data_path': 'nowhere.npz'}, 'nowhere.npz does not exist'),
+    ({'batch_size': 64}, 'batch_size 64 is more than the'),
+    ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
+    ({'learning_rate': 0.0}, 'learning_rate 0.0 is not positive'),
+  ],
+)
+def test_the_command_names_what_is_wrong(config, monkeypatch, change, message):
+  monkeypatch.setattr(training, 'init_state', lambda *_: None)
+  with pytest.raises(InputError, match=message) as error:
+    train.main(config | change)
+  assert '\n' not in str(error.value)
+  assert not os.path.exists(config['workdir'])
+
+
+def test_the_command_writes_nowhere_else(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(training, 'init_state', lambda *_: None)
   (tmp_path / 'w').mkdir()
   (tmp_path / 'w' / 'mine.txt').write_text('keep')
-  done = run_train(tmp_path, '--workdir=w')
-  assert done.returncode != 0
-  assert 'w is not empty' in done.stderr.splitlines()[-1]
+  with pytest.raises(InputError, match='w is not empty'):
+    train.main(config)
+
+
+def test_a_full_disk_is_told(config, monkeypatch):
+  monkeypatch.setattr(training, 'init_state', lambda *_: None)
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(training, 'fit', full)
+  with pytest.raises(InputError, match=r'cannot write .*w: No space left on device.*--resume'):
+    train.main(config)
