@@ -206,6 +206,9 @@ def attack(
     else validate.labels(label, len(x), num_classes, 'label')
   )
   validate.targets_differ(target, label)
+  validate.explicable(target, interpreter, 'target')
+  if target_map is None:
+    validate.explicable(label, interpreter, 'label')
   if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   target_map = validate.target_map(target_map, map_shape)

@@ -34,12 +34,15 @@ from flax import traverse_util
 
 from adv2_jax import images, nets
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
-from adv2_jax.types import InputError, PyTree
+from adv2_jax.interpreters.rts import Decoder
+from adv2_jax.nets import saliency_unet
+from adv2_jax.types import Image, InputError, Label, PyTree
 
 Tensors = dict[str, np.ndarray]
 Path = tuple[str, ...]
 
 CARD_FIELDS = ('model', 'num_classes', 'mean', 'std', 'accuracy', 'command', 'sha256')
+DECODER_FIELDS = ('black_box', 'encoder', 'widths', 'confidence', 'classes')  # further ones of RTS
 PICKLES = ('.pth', '.pt', '.th', '.pkl', '.pickle', '.bin', '.ckpt', '.tar')
 SOURCES = (
   'a built-in name, FILE.npz, FILE.safetensors, an orbax directory or hf://owner/name[/FILE]'
@@ -447,3 +450,62 @@ def _empty_classifier(
     name, num_classes=num_classes, dtype=jnp.bfloat16 if dtype == 'bfloat16' else None
   )
   return module, from_linen(module, (), mean=mean, std=std)
+
+
+# --- saliency nets --------------------------------------------------------------------------------
+
+
+def load_decoder(source: str | os.PathLike = 'scene_rts', black_box: str | None = None) -> Decoder:
+  """The saliency net of RTS, encoder included, as `experiments.train --task rts` writes it.
+
+  Args:
+    source: see `read_tensors`; its card tells encoder, widths and classes.
+    black_box: name of the net that is to be explained; None: not checked.
+
+  Raises:
+    InputError: no weights, no card of a decoder beside them, one that was trained for another
+      `black_box`, or tensors that do not fit.
+  """
+  path = resolve(source)
+  card = read_card(path)
+  missing = [field for field in DECODER_FIELDS if field not in card]
+  if missing:
+    raise InputError(
+      f'{path}: no card of a saliency decoder beside it ({path.with_suffix(".json").name} with '
+      f'{missing[0]!r}); train one: python -m experiments.train --task rts'
+    )
+  if black_box not in (None, card['black_box']):
+    raise InputError(
+      f'the decoder {source} was trained to explain {card["black_box"]}, not {black_box}; give '
+      'the one of this model, or train it: python -m experiments.train --task rts'
+    )
+  module, apply_fn = _empty_decoder(
+    card['encoder'],
+    card['num_classes'],
+    tuple(card['widths']),
+    card['confidence'],
+    _per_channel('mean', card['mean']),
+    _per_channel('std', card['std']),
+  )
+  shapes = saliency_unet.variable_shapes(module)
+  variables = from_tensors(shapes, read_tensors(path), f'{source} as a saliency net')
+  classes = None if card['classes'] is None else tuple(card['classes'])
+  return Decoder(variables, apply_fn, card['num_classes'], classes)
+
+
+@functools.cache
+def _empty_decoder(
+  encoder: str,
+  num_classes: int,
+  widths: tuple[int, ...],
+  confidence: float,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> tuple[saliency_unet.SaliencyUnet, Any]:
+  """Memoised for the same reason as `_empty_classifier`."""
+  module = saliency_unet.build(encoder, num_classes, widths, confidence)
+
+  def apply_fn(variables: PyTree, x: Image, y: Label) -> Any:
+    return module.apply(variables, images.normalised(x, mean, std), y)
+
+  return module, apply_fn

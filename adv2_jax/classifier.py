@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adv2_jax import images
 from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import Array, Image, InputError, Outputs, PyTree
 
@@ -91,10 +92,9 @@ def from_fn(
 
 
 def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Array]:
-  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
-  if not (std_ > 0).all():
+  if not (np.asarray(std) > 0).all():
     raise InputError(f'std is {tuple(std)}; expected positive numbers, one per channel')
-  return lambda x: (x - mean_) / std_
+  return lambda x: images.normalised(x, mean, std)
 
 
 def _is_relu(act: Callable[[Array], Array]) -> bool:

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -39,6 +40,12 @@ def to_uint8(x: Any) -> np.ndarray:
 def from_uint8(image: Any) -> np.ndarray:
   """u8 to f32 in [0,1]: k/255, correctly rounded, on the host."""
   return np.asarray(image, np.uint8).astype(np.float32) / np.float32(255)
+
+
+def normalised(x: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+  """(x − mean) / std per channel, [B,H,W,C]."""
+  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+  return (x - mean_) / std_
 
 
 def upsample(maps: Map, hw: tuple[int, int]) -> Map:

@@ -110,16 +110,19 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     for name, found in galleries.items():
       if found.rows:
         title = f'{name.upper()}: what the analyst sees'
-        _save(results.path, f'gallery-{name}', figures.gallery(title, found.columns, found.rows))
+        save_figure(
+          results.path, f'gallery-{name}', figures.gallery(title, found.columns, found.rows)
+        )
     for name, figure in drawn.items():
-      _save(results.path, name, figure)
+      save_figure(results.path, name, figure)
     svgs = {name: _inline_svg(figure, name) for name, figure in drawn.items()}
     page = _page(results, galleries, svgs)
     images.write_atomic(results.path / 'report.html', page.encode())
   return results.path / 'report.html'
 
 
-def _save(path: pathlib.Path, name: str, figure: Figure) -> None:
+def save_figure(path: pathlib.Path, name: str, figure: Figure) -> None:
+  """Writes figures/<name>.png of a working directory, the whole file or nothing."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', facecolor='white', metadata={'Software': None})
   images.write_atomic(path / 'figures' / f'{name}.png', buffer.getvalue())

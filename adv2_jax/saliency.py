@@ -9,7 +9,7 @@ All losses are per example, [B]; images are f32[B,H,W,3] in [0,1] here, and the 
 levels, which are in units of [−1,1], are halved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,12 +162,19 @@ def trained(params: PyTree, train_encoder: bool) -> PyTree:
   return {k: v for k, v in params.items() if train_encoder or k != 'encoder'}
 
 
-def classes_asked_for(key: Key, y: Label, num_classes: int, fake: float) -> tuple[Label, Array]:
-  """(class [B], whether it is the true one [B]): with probability `fake` a random other class."""
+def classes_asked_for(
+  key: Key, y: Label, classes: Sequence[int], fake: float
+) -> tuple[Label, Array]:
+  """(class [B], whether it is the true one [B]): with probability `fake` another of `classes`.
+
+  `classes` are sorted and hold all of y.
+  """
   coin_key, shift_key = jax.random.split(key)
   is_fake = jax.random.bernoulli(coin_key, fake, y.shape)
-  shift = jax.random.randint(shift_key, y.shape, 1, num_classes)
-  return jnp.where(is_fake, (y + shift) % num_classes, y), ~is_fake
+  known = jnp.asarray(classes, jnp.int32)
+  shift = jax.random.randint(shift_key, y.shape, 1, len(known))
+  other = known[(jnp.searchsorted(known, y) + shift) % len(known)]
+  return jnp.where(is_fake, other, y), ~is_fake
 
 
 def selector_step(
@@ -177,13 +184,18 @@ def selector_step(
   mean: tuple[float, ...],
   std: tuple[float, ...],
   augment: Augment = no_augment,
+  classes: Sequence[int] | None = None,
 ) -> StepFn:
-  """Pre-training of the class selector: cross-entropy on whether the class asked for is present."""
+  """Pre-training of the class selector: cross-entropy on whether the class asked for is present.
+
+  `classes`: those that occur, sorted; None: all.
+  """
+  asked = range(module.num_classes) if classes is None else classes
 
   def step(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
     augment_key, class_key = jax.random.split(key)
     x = augment(augment_key, batch.image.astype(jnp.float32) / 255)
-    y, is_present = classes_asked_for(class_key, batch.label, module.num_classes, 0.5)
+    y, is_present = classes_asked_for(class_key, batch.label, asked, 0.5)
 
     def loss_fn(embedding: Array):
       params = {**state.variables['params'], 'selector_module': {'embedding': embedding}}
@@ -213,6 +225,7 @@ def rts_step(
   mean: tuple[float, ...],
   std: tuple[float, ...],
   augment: Augment = no_augment,
+  classes: Sequence[int] | None = None,
   fake: float = 0.3,
   weights: Weights = PUBLISHED,
   train_encoder: bool = False,
@@ -226,15 +239,17 @@ def rts_step(
     mean: of the encoder's input.
     std: of the encoder's input.
     augment: (key, images) -> images.
+    classes: those that occur, sorted; None: all.
     fake: share of examples that are asked for a class they do not show.
     weights: of the loss terms.
     train_encoder: train it too, its running statistics held.
   """
+  asked = range(module.num_classes) if classes is None else classes
 
   def step(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
     augment_key, class_key, loss_key = jax.random.split(key, 3)
     x = augment(augment_key, batch.image.astype(jnp.float32) / 255)
-    y, is_present = classes_asked_for(class_key, batch.label, module.num_classes, fake)
+    y, is_present = classes_asked_for(class_key, batch.label, asked, fake)
     clf = black_box.replace(params=state.variables['black_box'])
     everything = state.variables['params']
 
@@ -262,6 +277,48 @@ def rts_step(
   return step
 
 
+class Judged(NamedTuple):
+  """What masks are worth, per example; `judge`."""
+
+  map: Map
+  marked: Array  # f32[B], mean of the map
+  p_kept: Array  # f32[B], p_y with the marked part alone, the rest substituted
+  p_removed: Array  # f32[B], p_y with the marked part substituted
+  exists: Array  # bool[B], whether the selector says that y is present
+
+
+def judge(
+  module: SaliencyUnet,
+  variables: PyTree,
+  clf: Classifier,
+  x: Image,
+  y: Label,
+  key: Key,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> Judged:
+  """Masks of classes y on held-out images, and what the classifier sees with and without them.
+
+  Substitutes are drawn as in training. Differs from it: one key, no augmentation.
+  """
+  seen = _apply(module, variables, x, y, mean, std)
+  mask = images.upsample(seen.map, (x.shape[1], x.shape[2]))
+  kept, removed = (
+    losses.log_odds(clf(blend(keep, filling.kept, filling.image)).logits, y)
+    for keep, filling in zip(
+      (mask, 1 - mask), [substitute(x, k) for k in jax.random.split(key)], strict=True
+    )
+  )
+  return Judged(
+    seen.map,
+    jnp.mean(mask, axis=(1, 2)),
+    jax.nn.sigmoid(-kept),
+    jax.nn.sigmoid(-removed),
+    seen.exists[:, 1] > seen.exists[:, 0],
+  )
+
+
 def _apply(
   module: SaliencyUnet,
   variables: PyTree,
@@ -271,7 +328,6 @@ def _apply(
   std: tuple[float, ...],
   train: bool = False,
 ) -> Any:
-  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
   net = {k: variables[k] for k in ('params', 'batch_stats')}
   mutable = ['batch_stats'] if train else False
-  return module.apply(net, (x - mean_) / std_, y, train=train, mutable=mutable)
+  return module.apply(net, images.normalised(x, mean, std), y, train=train, mutable=mutable)

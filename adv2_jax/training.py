@@ -49,7 +49,24 @@ class TrainBatch(NamedTuple):
   label: Any
 
 
+SHOWN = ('loss', 'accuracy', 'marked', 'marked_fake')  # of a step's metrics, in the progress bar
 StepFn = Callable[[TrainState, TrainBatch, Key], tuple[TrainState, Metrics]]
+
+
+class Phase(NamedTuple):
+  """One of the trainings that follow each other.
+
+  Attributes:
+    name: of its state file.
+    step: its step function.
+    begin: variables -> state.
+    steps: how many.
+  """
+
+  name: str
+  step: StepFn
+  begin: Callable[[PyTree], TrainState]
+  steps: int
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -165,10 +182,9 @@ def classifier_step(
   label_smoothing: float = 0.0,
 ) -> StepFn:
   """One step of cross-entropy training; metrics are the batch's mean `loss` and `accuracy`."""
-  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
 
   def step(state: TrainState, batch: TrainBatch, key: Key) -> tuple[TrainState, Metrics]:
-    x = (augment(key, batch.image.astype(jnp.float32) / 255.0) - mean_) / std_
+    x = image_lib.normalised(augment(key, batch.image.astype(jnp.float32) / 255.0), mean, std)
 
     def loss_fn(params: PyTree):
       variables = {**state.variables, 'params': params}
@@ -197,11 +213,10 @@ def make_evaluate(
   batch_size: int = 250,
 ) -> Callable[[PyTree], float]:
   """A function variables -> accuracy on u8[N,H,W,3] images; compiled once."""
-  mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
 
   @jax.jit
   def predict(variables: PyTree, image: Array) -> Array:
-    out: Any = module.apply(variables, (image / np.float32(255) - mean_) / std_)
+    out: Any = module.apply(variables, image_lib.normalised(image / np.float32(255), mean, std))
     return out.logits.argmax(-1)
 
   def evaluate(variables: PyTree) -> float:
@@ -254,7 +269,7 @@ def fit(
   *,
   checkpoint: pathlib.Path | None = None,
   save_every: int = 500,
-  evaluate: Callable[[PyTree], float] | None = None,
+  evaluate: Callable[[PyTree], Mapping[str, float]] | None = None,
   evaluate_every: int = 0,
   log: Callable[[dict[str, float]], None] = lambda row: None,
   log_every: int = 25,
@@ -270,11 +285,12 @@ def fit(
     key: folded with the step's number for each step.
     checkpoint: file the state is saved to, every `save_every` steps and at the end.
     save_every: steps between saves; one that is not finite is never saved.
-    evaluate: variables -> accuracy, every `evaluate_every` steps (0: never) and at the end.
+    evaluate: variables -> figures on held-out images, every `evaluate_every` steps (0: never) and
+      at the end; logged as held_out_<name>, the first one shown in the bar.
     evaluate_every: steps between evaluations.
     log: gets one row per `log_every` steps, and one per evaluation.
     log_every: steps between readings of the metrics; a reading waits for the device.
-    progress: show a bar with loss, accuracy and images per second.
+    progress: show a bar with the metrics and images per second.
 
   Raises:
     InputError: the loss or the weights are no longer finite.
@@ -287,7 +303,7 @@ def fit(
   # A copy, because the caller's state must survive the donation of ours.
   state = jax.tree.map(jnp.copy, state)
   start = int(state.step)
-  images, since, accuracy = 0, time.perf_counter(), None
+  images, since, held_out = 0, time.perf_counter(), '-'
   bar = tqdm.tqdm(total=num_steps, initial=start, disable=not progress, unit='step', mininterval=1)
   with bar:
     for step in range(start + 1, num_steps + 1):
@@ -308,17 +324,14 @@ def fit(
         row['images_per_second'] = images / row['seconds']
         images, since = 0, time.perf_counter()
         log({'step': step, **row})
-        bar.set_postfix(
-          loss=f'{row["loss"]:.3f}',
-          accuracy=f'{row.get("accuracy", np.nan):.3f}',
-          held_out='-' if accuracy is None else f'{accuracy:.4f}',
-          images_per_s=f'{row["images_per_second"]:.0f}',
-        )
+        shown = {name: f'{row[name]:.3f}' for name in SHOWN if name in row}
+        bar.set_postfix(shown, held_out=held_out, images_per_s=f'{row["images_per_second"]:.0f}')
       if checkpoint is not None and save:
         save_state(checkpoint, state)
       if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
-        accuracy = evaluate(state.variables)
-        log({'step': step, 'held_out_accuracy': accuracy})
+        figures = evaluate(state.variables)
+        log({'step': step, **{f'held_out_{name}': value for name, value in figures.items()}})
+        held_out = f'{next(iter(figures.values())):.4f}'
         since = time.perf_counter()
       bar.update(1)
   return state

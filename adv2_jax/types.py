@@ -66,6 +66,7 @@ class Interpreter(flax.struct.PyTreeNode):
       (a forward pass counts 1, its backward pass 1 more).
     exact: whether `unroll` gives the very map of `explain`, so that its value can be trusted when
       the best iterate is chosen.
+    classes: those it can explain, where it was trained for some only; None: all.
   """
 
   params: PyTree
@@ -75,6 +76,7 @@ class Interpreter(flax.struct.PyTreeNode):
   name: str = flax.struct.field(pytree_node=False, default='custom')
   passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
   exact: bool = flax.struct.field(pytree_node=False, default=True)
+  classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
   def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
     """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.types import Image, InputError, Label, Map
+from adv2_jax.types import Image, InputError, Interpreter, Label, Map
 
 
 def images(x: Any) -> Image:
@@ -61,6 +61,21 @@ def targets_differ(target: Label, label: Label) -> None:
     raise InputError(
       f'target of image {i} is {int(target[i])}, its own class; expected another class, '
       'such as (label + 1) % num_classes'
+    )
+
+
+def explicable(values: Any, interpreter: Interpreter, what: str) -> None:
+  """InputError where a class is none that the interpreter was trained for."""
+  if interpreter.classes is None:
+    return
+  unknown = ~np.isin(np.asarray(values), interpreter.classes)
+  if unknown.any():
+    i = int(np.argmax(unknown))
+    known = ', '.join(map(str, interpreter.classes[:12]))
+    more = ', …' if len(interpreter.classes) > 12 else ''
+    raise InputError(
+      f'{what} of image {i} is {int(np.asarray(values)[i])}, a class that {interpreter.name} never '
+      f'saw in its training; it knows {known}{more}: choose among these, or train it for more'
     )
 
 

@@ -61,7 +61,7 @@ def define_evaluate_flags() -> None:
 
 def define_train_flags() -> None:
   """What is trained, on what, and where it goes."""
-  flags.DEFINE_enum('task', 'classifier', ['classifier'], 'What to train.')
+  flags.DEFINE_enum('task', 'classifier', ['classifier', 'rts'], 'What to train.')
   flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
   flags.DEFINE_string('data_path', None, 'Folder or file of the training data.')
   flags.DEFINE_string('test_path', None, 'The same for held-out data; default: scenes draw their '
@@ -83,10 +83,19 @@ def define_train_flags() -> None:
   flags.DEFINE_integer('batch_size', 64, 'Images per step.', lower_bound=1)
   flags.DEFINE_integer('epochs', 12, 'Passes over the training data.', lower_bound=1)
   flags.DEFINE_integer('steps', None, 'Steps in all; overrides epochs.', lower_bound=1)
-  flags.DEFINE_enum('optimiser', 'sgd', ['sgd', 'adamw'], 'sgd: with Nesterov momentum.')
-  flags.DEFINE_float('learning_rate', 0.1, 'Peak of the one-cycle schedule.')
+  flags.DEFINE_enum('optimiser', None, ['sgd', 'adamw'], 'Default: sgd (Nesterov); rts: adamw.')
+  flags.DEFINE_float('learning_rate', None, 'Peak of the one-cycle; default: 0.1; rts: 0.002.')
   flags.DEFINE_float('weight_decay', 5e-4, 'On kernels only.')
   flags.DEFINE_float('label_smoothing', 0.02, 'Share of the target spread over all classes.')
+  flags.DEFINE_string('encoder', None, 'rts: net whose features are read; default: --model.')
+  flags.DEFINE_string('encoder_weights', None, 'rts: its weights; default: those of --model.')
+  flags.DEFINE_bool('train_encoder', False, 'rts: train the encoder too.')
+  flags.DEFINE_integer('selector_steps', None, 'rts: of the selector alone, first; default: an '
+                       'epoch.', lower_bound=0)  # fmt: skip
+  flags.DEFINE_list('widths', None, 'rts: channels of the decoder, deepest first; default: a '
+                    "quarter of the encoder's, 32 at least.")  # fmt: skip
+  flags.DEFINE_float('confidence', 0.0, "rts: threshold of the selector's gate.")
+  flags.DEFINE_float('fake', 0.3, 'rts: share of images asked for a class they do not show.')
 
 
 def define_bench_flags() -> None:

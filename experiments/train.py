@@ -14,25 +14,26 @@ and a CIFAR-10 net is made by
 """
 
 import csv
+import functools
 import os
 import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
+from matplotlib.figure import Figure
 
-from adv2_jax import checkpoints, data, images, interpreters, metrics, nets, store, training
+from adv2_jax import checkpoints, data, images, interpreters, metrics, nets, report, store, training
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import InputError, Key, PyTree
-from experiments import _flags
+from experiments import _flags, _train_rts
 
 LOG = 'log.csv'
 NUM_SCENES = 16000
@@ -43,6 +44,7 @@ class Arrays(NamedTuple):
   """Examples in memory: image u8[N,H,W,3], label i32[N]."""
 
   dataset: data.Dataset
+  ids: np.ndarray
   image: np.ndarray
   label: np.ndarray
   description: str
@@ -58,7 +60,7 @@ def in_memory(dataset: data.Dataset, ids: np.ndarray, description: str) -> Array
       raise InputError(f'image {dataset.describe(i)} is {one.shape}, not {first.shape}: '
                        'give --image_size')  # fmt: skip
     image[row] = one
-  return Arrays(dataset, image, dataset.labels[ids], f'{description}, {len(ids)} images')
+  return Arrays(dataset, ids, image, dataset.labels[ids], f'{description}, {len(ids)} images')
 
 
 class Opened(NamedTuple):
@@ -147,6 +149,30 @@ def pointing_game(
   return scores
 
 
+class Task(NamedTuple):
+  """What is trained.
+
+  Attributes:
+    module: the net.
+    phases: the trainings, one after the other.
+    variables: that the first one starts from; None: fresh ones.
+    metrics: names of what a step reports.
+    figures: names of what `evaluate` reports.
+    evaluate: variables -> figures on the held-out data.
+    card: (variables as stored, their file) -> what the task knows of its card.
+    picture: variables -> a figure to look at, each epoch.
+  """
+
+  module: nn.Module
+  phases: Sequence[training.Phase]
+  variables: PyTree | None
+  metrics: tuple[str, ...]
+  figures: tuple[str, ...]
+  evaluate: Callable[[PyTree], dict[str, float]]
+  card: Callable[[PyTree, pathlib.Path], dict[str, Any]]
+  picture: Callable[[PyTree], Figure] | None = None
+
+
 class Job(NamedTuple):
   """A training, ready to start."""
 
@@ -154,41 +180,31 @@ class Job(NamedTuple):
   path: pathlib.Path
   train: Arrays
   test: Arrays
-  module: nn.Module
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  tx: optax.GradientTransformation
-  state: training.TrainState
   batch_at: Callable[[int], training.TrainBatch]
   per_epoch: int
-  steps: int
-  evaluate: Callable[[PyTree], float]  # variables -> accuracy on the held-out images
+  task: Task
 
 
 def prepare(config: Mapping[str, Any]) -> Job:
   """Refuses whatever is wrong; makes the working directory last."""
-  c = config
-  mean = _flags.floats(c['mean'], 'mean') or IMAGENET_MEAN
-  std = _flags.floats(c['std'], 'std') or IMAGENET_STD
-  nets.build(c['model'])  # Wrong names are told before anything is decoded.
-  tensors = checkpoints.read_tensors(c['weights']) if c['weights'] else None
+  given = {name: value for name, value in config.items() if value is not None}
+  c = {**dict.fromkeys(config), **DEFAULTS[config['task']], **given}
+  for name in ('mean', 'std'):
+    _flags.floats(c[name], name)
+  for name in (c['model'], c['encoder'] or c['model']):
+    nets.build(name)  # Wrong names are told before anything is decoded.
+  for source in filter(None, (c['weights'], c['encoder_weights'])):
+    checkpoints.read_tensors(source)
   path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
   store.check_workdir(path, c, c['resume'])
   opened = open_data(c)
   train, test = opened[0].decode('train'), opened[1].decode('held out')
-  module = nets.build(c['model'], num_classes=train.dataset.num_classes)
   batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
   per_epoch = len(train.label) // c['batch_size']
-  steps = c['steps'] or c['epochs'] * per_epoch
-  tx = training.optimiser(c['optimiser'], c['learning_rate'], steps, weight_decay=c['weight_decay'])
-  state = training.init_state(module, tx, train.image.shape[1:], _keys(c)[0])
-  if tensors:
-    state = state.replace(variables=checkpoints.load_variables(module, tensors, c['weights']))
-  evaluate = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
+  c['steps'] = c['steps'] or c['epochs'] * per_epoch
+  task = TASKS[c['task']](c, train, test, per_epoch)
   made = store.Workdir.create(path, c, c['resume']).path
-  return Job(
-    c, made, train, test, module, mean, std, tx, state, batch_at, per_epoch, steps, evaluate
-  )
+  return Job(c, made, train, test, batch_at, per_epoch, task)
 
 
 def _keys(config: Mapping[str, Any]) -> Key:
@@ -196,76 +212,164 @@ def _keys(config: Mapping[str, Any]) -> Key:
   return jax.random.split(jax.random.key(config['seed']))
 
 
-def fit(job: Job) -> PyTree:
-  """Trains, from the last saved state if there is one; returns the variables."""
-  c, state, checkpoint = job.config, job.state, job.path / 'state.msgpack'
-  if c['resume'] and checkpoint.exists():
-    state = training.load_state(checkpoint, state)
-  augment = training.mirror_and_relight if c['dataset'] == 'scenes' else training.pad_crop_flip
-  step = training.classifier_step(
-    job.module,
-    job.tx,
-    mean=job.mean,
-    std=job.std,
-    augment=augment,
-    label_smoothing=c['label_smoothing'],
+def _augment(c: Mapping[str, Any]) -> training.Augment:
+  return training.mirror_and_relight if c['dataset'] == 'scenes' else training.pad_crop_flip
+
+
+def classifier_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) -> Task:
+  """A classifier, by cross-entropy."""
+  del per_epoch
+  mean = _flags.floats(c['mean'], 'mean') or IMAGENET_MEAN
+  std = _flags.floats(c['std'], 'std') or IMAGENET_STD
+  module = nets.build(c['model'], num_classes=train.dataset.num_classes)
+  tx = training.optimiser(
+    c['optimiser'], c['learning_rate'], c['steps'], weight_decay=c['weight_decay']
   )
-  columns = ('step', 'loss', 'accuracy', 'seconds', 'images_per_second', 'held_out_accuracy')
+  variables = None
+  if c['weights']:
+    tensors = checkpoints.read_tensors(c['weights'])
+    variables = checkpoints.load_variables(module, tensors, c['weights'])
+  step = training.classifier_step(
+    module, tx, mean=mean, std=std, augment=_augment(c), label_smoothing=c['label_smoothing']
+  )
+  accuracy = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
+
+  def begin(variables: PyTree | None) -> training.TrainState:
+    state = training.init_state(module, tx, train.image.shape[1:], _keys(c)[0])
+    return state if variables is None else state.replace(variables=variables)
+
+  def card(stored: PyTree, weights: pathlib.Path) -> dict[str, Any]:
+    known = {
+      'num_classes': train.dataset.num_classes,
+      'mean': mean,
+      'std': std,
+      'accuracy': accuracy(stored),
+      'class_names': train.dataset.class_names,
+    }
+    if c['dataset'] == 'scenes':
+      known['linear_baseline_accuracy'] = linear_baseline(train, test)
+      known['pointing_game'] = pointing_game(c['model'], str(weights), test.dataset)
+    return known
+
+  phase = training.Phase('state', step, begin, c['steps'])
+  evaluate = lambda variables: {'accuracy': accuracy(variables)}  # noqa: E731
+  return Task(module, [phase], variables, ('accuracy',), ('accuracy',), evaluate, card)
+
+
+def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) -> Task:
+  """The saliency net of RTS, by its own losses."""
+  net = _train_rts.build(c, train.label, _keys(c)[0])
+  judge = _train_rts.Judge(net, test.image, test.label)
+  selector_steps = per_epoch if c['selector_steps'] is None else c['selector_steps']
+
+  def card(stored: PyTree, weights: pathlib.Path) -> dict[str, Any]:
+    del weights
+    whole = {**stored, 'black_box': net.variables['black_box']}
+    held_out = judge(whole)
+    maps = judge.judged(whole, judge.label).map
+    held_out |= _train_rts.localisation(maps, test.dataset, test.ids[: len(maps)])
+    return {
+      'model': 'rts',
+      'black_box': c['model'],
+      'encoder': c['encoder'] or c['model'],
+      'widths': net.module.widths,
+      'confidence': net.module.confidence,
+      'classes': net.classes,
+      'num_classes': net.module.num_classes,
+      'mean': net.mean,
+      'std': net.std,
+      'accuracy': held_out['presence_accuracy'],
+      'held_out': held_out,
+    }
+
+  return Task(
+    net.module,
+    _train_rts.phases(c, net, _augment(c), c['steps'], selector_steps),
+    net.variables,
+    ('accuracy', *_train_rts.METRICS),
+    _train_rts.FIGURES,
+    judge,
+    card,
+    judge.picture,
+  )
+
+
+TASKS = {'classifier': classifier_task, 'rts': rts_task}
+DEFAULTS: dict[str, dict[str, Any]] = {
+  'classifier': {'optimiser': 'sgd', 'learning_rate': 0.1},
+  'rts': {'optimiser': 'adamw', 'learning_rate': 2e-3},
+}
+
+
+def fit(job: Job) -> PyTree:
+  """Runs the phases, each from its last saved state if there is one; returns the variables."""
+  c, task, variables = job.config, job.task, job.task.variables
+  columns = ('phase', 'step', 'loss', *task.metrics, 'seconds', 'images_per_second')
+  columns = (*columns, *(f'held_out_{name}' for name in task.figures))
+
+  def look(variables: PyTree) -> dict[str, float]:
+    if task.picture:
+      number = len(list(job.path.glob('figures/maps-*.png')))
+      report.save_figure(job.path, f'maps-{number:03d}', task.picture(variables))
+    return task.evaluate(variables)
+
   with (job.path / LOG).open('a', newline='', buffering=1) as file:
     writer = csv.DictWriter(file, columns, restval='')
     if not file.tell():
       writer.writeheader()
-    return training.fit(
-      step, state, job.batch_at, job.steps, _keys(c)[1], checkpoint=checkpoint,
-      save_every=SAVE_EVERY, evaluate=job.evaluate, evaluate_every=job.per_epoch,
-      log=writer.writerow,
-    ).variables  # fmt: skip
+    for number, phase in enumerate(task.phases):
+      state, checkpoint = phase.begin(variables), job.path / f'{phase.name}.msgpack'
+      if c['resume'] and checkpoint.exists():
+        state = training.load_state(checkpoint, state)
+      log = functools.partial(_log, writer, phase.name)
+      is_last = phase is task.phases[-1]
+      variables = training.fit(
+        phase.step, state, job.batch_at, phase.steps, jax.random.fold_in(_keys(c)[1], number),
+        checkpoint=checkpoint, save_every=SAVE_EVERY, log=log,
+        evaluate=look if is_last else None, evaluate_every=job.per_epoch,
+      ).variables  # fmt: skip
+  return variables
+
+
+def _log(writer: csv.DictWriter, phase: str, row: Mapping[str, float]) -> None:
+  writer.writerow({'phase': phase, **row})
 
 
 def write_card(job: Job, variables: PyTree) -> None:
-  """Writes the weights and their card; the accuracy on it is that of the file, read back."""
-  c, weights = job.config, job.path / f'{job.config["model"]}.safetensors'
+  """Writes the weights and their card; the figures on it are those of the file, read back."""
+  c, task = job.config, job.task
+  weights = job.path / f'{c["model"] if c["task"] == "classifier" else c["task"]}.safetensors'
   with (job.path / LOG).open(newline='') as file:
     seconds = sum(float(row['seconds'] or 0) for row in csv.DictReader(file))
   arguments = [a for a in sys.argv[1:] if a.lstrip('-') != 'resume']
+  # The order in which a reader wants them; the task fills the blanks.
   card: dict[str, Any] = {
     'model': c['model'],
-    'num_classes': job.train.dataset.num_classes,
-    'mean': job.mean,
-    'std': job.std,
-    'accuracy': None,
+    **dict.fromkeys(['num_classes', 'mean', 'std', 'accuracy']),
     'command': shlex.join(['python', '-m', 'experiments.train', *arguments]),
     'data': {'train': job.train.description, 'held_out': job.test.description},
-    'class_names': job.train.dataset.class_names,
     'seed': c['seed'],
-    'steps': job.steps,
+    'steps': c['steps'],
     'seconds': round(seconds),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__} on '
     f'{jax.default_backend()}',
   }
-  checkpoints.save_checkpoint(weights, variables, card)
-  stored = checkpoints.load_variables(job.module, checkpoints.read_tensors(weights), str(weights))
-  card['accuracy'], full = job.evaluate(stored), job.evaluate(variables)
-  if c['dataset'] == 'scenes':
-    card['linear_baseline_accuracy'] = linear_baseline(job.train, job.test)
-    card['pointing_game'] = pointing_game(c['model'], str(weights), job.test.dataset)
-  checkpoints.save_checkpoint(weights, variables, card)
-  print(f'held-out accuracy {card["accuracy"]:.4f} (before rounding the weights {full:.4f})')
+  net = {part: variables[part] for part in variables if part != 'black_box'}
+  checkpoints.save_checkpoint(weights, net, card)
+  stored = checkpoints.from_tensors(net, checkpoints.read_tensors(weights), str(weights))
+  card |= task.card(stored, weights)
+  checkpoints.save_checkpoint(weights, net, card)
+  print(f'held-out accuracy {card["accuracy"]:.4f}')
   print(weights)
 
 
-def train_classifier(config: Mapping[str, Any]) -> None:
+def run(config: Mapping[str, Any]) -> None:
   """The whole command."""
   job = prepare(config)
   with store.writing(job.path):
     write_card(job, fit(job))
 
 
-def main(config: Mapping[str, Any]) -> None:
-  """Runs the task."""
-  {'classifier': train_classifier}[config['task']](config)
-
-
 if __name__ == '__main__':
   _flags.define_train_flags()
-  _flags.start(main)
+  _flags.start(run)

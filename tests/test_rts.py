@@ -117,11 +117,15 @@ def test_substitutes_are_blurs_or_coloured_noise_half_and_half():
 
 def test_fake_classes_are_other_classes_in_the_share_asked_for():
   y = jnp.arange(2000) % 7
-  asked, present = saliency.classes_asked_for(jax.random.key(1), y, 7, 0.3)
+  asked, present = saliency.classes_asked_for(jax.random.key(1), y, range(7), 0.3)
   assert (asked[present] == y[present]).all()
   assert (asked[~present] != y[~present]).all()
   assert set(np.asarray(asked).tolist()) == set(range(7))
   assert abs(float(present.mean()) - 0.7) < 0.04
+  some = jnp.array([2, 5, 900])
+  asked, present = saliency.classes_asked_for(jax.random.key(1), some[y % 3], [2, 5, 900], 0.5)
+  assert set(np.asarray(asked[~present]).tolist()) == {2, 5, 900}
+  assert (asked[~present] != some[y % 3][~present]).all()
 
 
 def test_the_loss_wants_the_mask_that_decides():

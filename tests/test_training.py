@@ -63,7 +63,8 @@ def test_training_learns_and_reports():
   evaluate = training.make_evaluate(Tiny(), *colours(50), mean=MEAN, std=STD, batch_size=16)
   before = evaluate(state.variables)
   state = training.fit(
-    step, state, batch_at, 60, jax.random.key(2), evaluate=evaluate, evaluate_every=30,
+    step, state, batch_at, 60, jax.random.key(2), evaluate_every=30,
+    evaluate=lambda variables: {'accuracy': evaluate(variables)},
     log=rows.append, log_every=20, progress=False,
   )  # fmt: skip
   assert int(state.step) == 60
@@ -275,7 +276,7 @@ def config(tmp_path):
 def test_the_command_names_what_is_wrong(config, monkeypatch, change, message):
   monkeypatch.setattr(training, 'init_state', lambda *_: None)
   with pytest.raises(InputError, match=message) as error:
-    train.main(config | change)
+    train.run(config | change)
   assert '\n' not in str(error.value)
   assert not os.path.exists(config['workdir'])
 
@@ -285,7 +286,7 @@ def test_the_command_writes_nowhere_else(config, tmp_path, monkeypatch):
   (tmp_path / 'w').mkdir()
   (tmp_path / 'w' / 'mine.txt').write_text('keep')
   with pytest.raises(InputError, match='w is not empty'):
-    train.main(config)
+    train.run(config)
 
 
 def test_a_full_disk_is_told(config, monkeypatch):
@@ -296,4 +297,4 @@ def test_a_full_disk_is_told(config, monkeypatch):
 
   monkeypatch.setattr(training, 'fit', full)
   with pytest.raises(InputError, match=r'cannot write .*w: No space left on device.*--resume'):
-    train.main(config)
+    train.run(config)

@@ -1,5 +1,6 @@
 """RTS: a trained net draws the map in one pass (Dabkowski & Gal 2017, "Real Time Saliency")."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,23 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
   Raises (when traced):
     InputError: the classifier has other classes than the decoder's selector.
   """
-  apply_fn, num_classes = decoder.apply_fn, decoder.num_classes
+  explain, unroll, begin = _functions(decoder.apply_fn, decoder.num_classes, encoder_weight)
+  return Interpreter(
+    decoder.params,
+    explain,
+    unroll,
+    begin,
+    name='rts',
+    passes=(2, 4),
+    classes=decoder.classes,
+  )
+
+
+@functools.cache
+def _functions(
+  apply_fn: Callable[[PyTree, Image, Label], Saliency], num_classes: int, encoder_weight: float
+) -> tuple[Callable[..., Any], ...]:
+  """Memoised because an interpreter's functions are static: new ones would trace all anew."""
 
   def see(params: PyTree, clf: Any, x: Image, y: Label) -> tuple[Saliency, Array | None]:
     logits = clf(x).logits
@@ -67,7 +84,7 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
     extra = encoder_weight * losses.targeted_xent(seen.encoder.logits, y)
     return Unrolled(seen.map[None], carry, extra, logits)
 
-  return Interpreter(decoder.params, explain, unroll, lambda *_: (), name='rts', passes=(2, 4))
+  return explain, unroll, lambda *_: ()
 
 
 __all__ = ['Decoder', 'rts']

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from adv2_jax import nets
 from adv2_jax.nets.layers import BatchNorm, Conv
-from adv2_jax.types import Array, Image, Label, Map, Outputs
+from adv2_jax.types import Array, Image, Label, Map, Outputs, PyTree
 
 # The encoder's features that the decoder takes, from the deepest on.
 LEVELS = ('features', 'stage3', 'stage2', 'stage1')
@@ -122,3 +124,28 @@ class SaliencyUnet(nn.Module):
     a, b = jnp.moveaxis(jnp.abs(ab.astype(jnp.float32)), -1, 0)
     exists = jnp.stack([-presence, presence], axis=-1) / 2
     return Saliency(a / (a + b + 1e-12), exists, seen)
+
+
+def build(
+  encoder: str, num_classes: int, widths: Sequence[int] | None = None, confidence: float = 0.0
+) -> SaliencyUnet:
+  """The saliency net on an encoder of the zoo.
+
+  Default widths: a quarter of the channels that each level brings, 32 at least; for ResNet-50 the
+  published 256, 128, 64.
+  """
+  net = nets.build(encoder, num_classes=num_classes)
+  if widths is None:
+    taps = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), _ONE_IMAGE)[0].taps)
+    passed = [taps[name].shape[-1] for name in LEVELS[1:] if name in taps]
+    widths = tuple(max(n // 4, 32) for n in passed)
+  return SaliencyUnet(net, tuple(widths), num_classes, confidence)
+
+
+def variable_shapes(module: SaliencyUnet) -> PyTree:
+  """The shapes of its variables."""
+  return jax.eval_shape(module.init, jax.random.key(0), _ONE_IMAGE, _ONE_CLASS)
+
+
+_ONE_IMAGE = np.zeros((1, 64, 64, 3), np.float32)
+_ONE_CLASS = np.zeros(1, np.int32)

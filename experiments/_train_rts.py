@@ -1,0 +1,185 @@
+"""`experiments.train --task rts`: the saliency net of RTS for a classifier of the zoo.
+
+First the class selector learns which classes are present, then the decoder learns masks (and the
+encoder, if asked). The black box that the masks explain is --model; so is the encoder, unless
+--encoder names another net.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from adv2_jax import checkpoints, figures, images, metrics, overlay, saliency, training
+from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
+from adv2_jax.data import Dataset
+from adv2_jax.nets import saliency_unet
+from adv2_jax.types import InputError, Key, Map, PyTree
+
+METRICS = ('destroyer', 'preserver', 'area', 'smoothness', 'marked', 'marked_fake')
+FIGURES = ('p_kept', 'p_removed', 'marked', 'marked_fake', 'correlation', 'presence_accuracy')
+HELD_OUT = 500  # images at most
+SELECTOR_RATE = 0.02
+_BATCH = 25
+_SHOWN = 8
+
+
+class Net(NamedTuple):
+  """A saliency net in training.
+
+  Attributes:
+    module: encoder, selector and decoder.
+    clf: the black box.
+    variables: of the module, and the parameters of the black box.
+    mean: of the encoder's input.
+    std: of the encoder's input.
+    classes: those that occur in the training data; None: all of the classifier's.
+  """
+
+  module: saliency_unet.SaliencyUnet
+  clf: Classifier
+  variables: PyTree
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  classes: tuple[int, ...] | None
+
+
+def build(c: Mapping[str, Any], labels: np.ndarray, key: Key) -> Net:
+  """The net with its encoder's weights; InputError where weights or labels do not fit."""
+  clf = checkpoints.load_classifier(c['model'], c['weights'])
+  encoder = c['encoder'] or c['model']
+  source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
+  one = np.zeros((1, 64, 64, 3), np.float32)
+  num_classes = jax.eval_shape(clf, one).logits.shape[-1]
+  if labels.max() >= num_classes:
+    raise InputError(
+      f'the data has the label {labels.max()}, {c["model"]} the classes 0…{num_classes - 1}: '
+      'check --label_key and --weights'
+    )
+  widths = [int(w) for w in c['widths']] if c['widths'] else None
+  module = saliency_unet.build(encoder, num_classes, widths, c['confidence'])
+  tensors = checkpoints.read_tensors(source)
+  read = checkpoints.load_variables(module.encoder, tensors, f'{source} as the encoder {encoder}')
+  fresh = jax.jit(module.init)(key, one, np.zeros(1, np.int32))
+  variables = {part: {**fresh[part], 'encoder': read[part]} for part in fresh}
+  card = checkpoints.read_card(checkpoints.resolve(source))
+  mean, std = card.get('mean', IMAGENET_MEAN), card.get('std', IMAGENET_STD)
+  present = tuple(np.unique(labels).tolist())
+  return Net(
+    module,
+    clf,
+    {**variables, 'black_box': clf.params},
+    tuple(mean),
+    tuple(std),
+    None if len(present) == num_classes else present,
+  )
+
+
+def phases(
+  c: Mapping[str, Any], net: Net, augment: training.Augment, steps: int, selector_steps: int
+) -> list[training.Phase]:
+  """Selector, then decoder."""
+  common: Any = {'mean': net.mean, 'std': net.std, 'augment': augment, 'classes': net.classes}
+  rate = optax.cosine_decay_schedule(SELECTOR_RATE, max(selector_steps, 1))
+  selector_tx = optax.adam(rate)
+  tx = training.optimiser(c['optimiser'], c['learning_rate'], steps, weight_decay=c['weight_decay'])
+
+  def begin(tx: optax.GradientTransformation, part: Any, variables: PyTree) -> training.TrainState:
+    return training.TrainState(jnp.int32(0), variables, tx.init(part(variables['params'])))
+
+  embedding = lambda params: params['selector_module']['embedding']  # noqa: E731
+  trained = lambda params: saliency.trained(params, c['train_encoder'])  # noqa: E731
+  return [
+    training.Phase(
+      'selector',
+      saliency.selector_step(net.module, selector_tx, **common),
+      functools.partial(begin, selector_tx, embedding),
+      selector_steps,
+    ),
+    training.Phase(
+      'state',
+      saliency.rts_step(
+        net.module, net.clf, tx, fake=c['fake'], train_encoder=c['train_encoder'], **common
+      ),
+      functools.partial(begin, tx, trained),
+      steps,
+    ),
+  ]
+
+
+class Judge:
+  """What a saliency net is worth on held-out images, and a picture of its maps."""
+
+  def __init__(self, net: Net, image: np.ndarray, label: np.ndarray):
+    self.image, self.label = image[:HELD_OUT], label[:HELD_OUT]
+    known = np.arange(net.module.num_classes) if net.classes is None else np.array(net.classes)
+    shift = np.random.default_rng(0).integers(1, len(known), len(self.label))
+    self.fake = known[(np.searchsorted(known, self.label) + shift) % len(known)]
+    self.clf = net.clf
+    judge = functools.partial(saliency.judge, net.module, mean=net.mean, std=net.std)
+    self.run = jax.jit(judge)
+
+  def judged(self, variables: PyTree, label: np.ndarray) -> saliency.Judged:
+    """The first images, as many as labels, asked for these classes."""
+    clf = self.clf.replace(params=variables['black_box'])
+    net = {k: v for k, v in variables.items() if k != 'black_box'}
+    found: list[Any] = []
+    for start in range(0, len(label), _BATCH):
+      rows = np.arange(start, min(start + _BATCH, len(label)))
+      padded = np.resize(rows, _BATCH)
+      x = images.from_uint8(self.image[padded])
+      seen = self.run(net, clf, x, label[padded], jax.random.key(start))
+      found.append(jax.tree.map(np.asarray, seen))
+    return jax.tree.map(lambda *v: np.concatenate(v)[: len(label)], *found)
+
+  def __call__(self, variables: PyTree) -> dict[str, float]:
+    """Means over the held-out images, for the class shown and (`marked_fake`) for another."""
+    true, fake = self.judged(variables, self.label), self.judged(variables, self.fake)
+    present = (np.mean(true.exists) + np.mean(~np.asarray(fake.exists))) / 2
+    return {
+      'p_kept': float(true.p_kept.mean()),
+      'p_removed': float(true.p_removed.mean()),
+      'marked': float(true.marked.mean()),
+      'marked_fake': float(fake.marked.mean()),
+      'correlation': mean_correlation(np.asarray(true.map)),
+      'presence_accuracy': float(present),
+    }
+
+  def picture(self, variables: PyTree) -> Figure:
+    """The first held-out images, their maps, and their maps for a class they do not show."""
+    true, fake = (self.judged(variables, y[:_SHOWN]).map for y in (self.label, self.fake))
+    x = self.image[: len(true)]
+    rows = (('image', x), ('its class', overlay(x, true)), ('another', overlay(x, fake)))
+    with figures.style():
+      figure = Figure(figsize=(1.4 * len(x), 4.4), layout='constrained')
+      for axes, (title, shown) in zip(figure.subplots(3, len(x), squeeze=False), rows, strict=True):
+        axes[0].set_ylabel(title)
+        for axis, picture in zip(axes, shown, strict=True):
+          axis.imshow(picture)
+          axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def mean_correlation(maps: np.ndarray, most: int = 200) -> float:
+  """Mean Pearson correlation between the maps of different images; flat ones are left out."""
+  flat = maps[:most].reshape(len(maps[:most]), -1)
+  flat = flat[flat.std(1) > 1e-6]
+  if len(flat) < 2:
+    return 1.0
+  return float(np.corrcoef(flat)[~np.eye(len(flat), dtype=bool)].mean())
+
+
+def localisation(maps: Map, dataset: Dataset, ids: np.ndarray) -> dict[str, float]:
+  """Pointing game and energy inside the object; {} where the data has no masks."""
+  if dataset.mask_of is None:
+    return {}
+  masks = jnp.asarray(np.stack([np.asarray(dataset.mask(i)) for i in ids]))
+  return {
+    'pointing_game': float(np.mean(metrics.pointing_game(maps, masks))),
+    'energy_inside': float(np.mean(metrics.energy_inside(maps, masks))),
+  }
