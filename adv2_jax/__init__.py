@@ -19,7 +19,7 @@ from adv2_jax import (
 )
 from adv2_jax.api import AttackResult, attack, attack_batch
 from adv2_jax.attack import adv2, pgd, run, run_chunk, staged, track_best
-from adv2_jax.checkpoints import load_classifier
+from adv2_jax.checkpoints import load_classifier, load_decoder
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
 from adv2_jax.overlay import overlay
 from adv2_jax.types import (
@@ -61,6 +61,7 @@ __all__ = [
   'images',
   'interpreters',
   'load_classifier',
+  'load_decoder',
   'losses',
   'metrics',
   'nets',

@@ -129,10 +129,14 @@ def training_loss(
     mask: up-sampled to the images before anything else.
     x: f32[B,H,W,3] in [0,1].
     y: the class asked for.
-    is_present: bool[B]; where False, y is a fake class, whose mask should be empty: the hinges
-      swap roles, with confidence 1.
+    is_present: bool[B]; where False, y is a fake class, whose mask should be empty.
     key: of the fillings.
     weights: of the terms.
+
+  For a fake class the preserver turns into `hinge_destroy` with confidence 1, which an empty mask
+  satisfies, and there is no destroyer. Differs from the authors' code: theirs turns the destroyer
+  around as well (y should win without the marked part), which is best served by a mask that takes
+  the true object away: on the scenes, maps of fake classes then marked the object.
   """
   mask = images.upsample(mask, (x.shape[1], x.shape[2]))
   fillings = [substitute(x, k) for k in jax.random.split(key)]
@@ -141,7 +145,7 @@ def training_loss(
     for keep, filling in zip((mask, 1 - mask), fillings, strict=True)
   )
   preserver = jnp.where(is_present, hinge_keep(preserved, y), hinge_destroy(preserved, y, 1.0))
-  destroyer = jnp.where(is_present, hinge_destroy(destroyed, y), hinge_keep(destroyed, y, 1.0))
+  destroyer = jnp.where(is_present, hinge_destroy(destroyed, y), 0.0)
   terms = {
     'destroyer': destroyer,
     'preserver': preserver,

@@ -64,8 +64,8 @@ def targets_differ(target: Label, label: Label) -> None:
     )
 
 
-def explicable(values: Any, interpreter: Interpreter, what: str) -> None:
-  """InputError where a class is none that the interpreter was trained for."""
+def explicable(values: Any, interpreter: Interpreter, what: str, ids: Any = None) -> None:
+  """InputError where a class is none that the interpreter was trained for; ids name the images."""
   if interpreter.classes is None:
     return
   unknown = ~np.isin(np.asarray(values), interpreter.classes)
@@ -73,8 +73,10 @@ def explicable(values: Any, interpreter: Interpreter, what: str) -> None:
     i = int(np.argmax(unknown))
     known = ', '.join(map(str, interpreter.classes[:12]))
     more = ', …' if len(interpreter.classes) > 12 else ''
+    image = i if ids is None else int(ids[i])
+    value = int(np.asarray(values)[i])
     raise InputError(
-      f'{what} of image {i} is {int(np.asarray(values)[i])}, a class that {interpreter.name} never '
+      f'{what} of image {image} is {value}, a class that {interpreter.name} never '
       f'saw in its training; it knows {known}{more}: choose among these, or train it for more'
     )
 

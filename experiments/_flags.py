@@ -37,7 +37,8 @@ def define_data_flags() -> None:
 
 def define_attack_flags() -> None:
   """What is attacked, how, and where the results go."""
-  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.FACTORIES)}.')
+  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
+  flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
   flags.DEFINE_string('target_label', 'random', 'random, least_likely, a class, or FILE.csv.')
@@ -133,7 +134,8 @@ def check(c: dict[str, Any]) -> None:
   if not c['interpreters'] or len(set(c['interpreters'])) < len(c['interpreters']):
     raise InputError(f'--interpreters is {c["interpreters"]}; expected distinct names')
   for name in c['interpreters']:
-    interpreters.build(name)
+    if name not in interpreters.NAMES:
+      interpreters.build(name)  # tells which there are
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
@@ -182,3 +184,14 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
       f'--{name} is {",".join(values)}; expected three {kind} numbers, such as 0.5,0.5,0.5'
     )
   return numbers
+
+
+def widths(values: list[str] | None) -> list[int] | None:
+  """The channels of --widths; None where the flag is not given."""
+  if values is None:
+    return None
+  if not all(v.isdecimal() and int(v) >= 4 for v in values):
+    raise InputError(
+      f'--widths is {",".join(values)}; expected channels from 4 on, such as 256,128,64'
+    )
+  return [int(v) for v in values]

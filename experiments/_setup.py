@@ -10,10 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adv2_jax import api, checkpoints, data, images, interpreters, metrics, nets
+from adv2_jax import api, checkpoints, data, images, interpreters, metrics, nets, validate
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, Batch, InputError, Interpreter, Key, Map
 from experiments import _flags, _targets
+
+BUILT_IN_DECODERS = {'scene_resnet': 'scene_rts'}  # model -> weights
 
 
 class Setup(NamedTuple):
@@ -72,7 +74,22 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
   )
   size = image_size(config)
   form = 'printed' if config.get('preset') == 'authors' else 'smooth'
-  return clf, {name: interpreters.build(name, size, form) for name in config['interpreters']}
+  decoder = load_decoder(config) if 'rts' in config['interpreters'] else None
+  names = config['interpreters']
+  return clf, {name: interpreters.build(name, size, form, decoder) for name in names}
+
+
+def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
+  """RTS's, from the flag, or the built-in one that was trained for the model."""
+  model, source = config['model'], config.get('decoder')
+  if source is None:
+    source = BUILT_IN_DECODERS.get(model)
+    if source is None:
+      raise InputError(
+        f'--interpreters rts: no built-in decoder for {model}; give --decoder FILE.safetensors, '
+        f'from python -m experiments.train --task rts --model {model}'
+      )
+  return checkpoints.load_decoder(source, model)
 
 
 def load(config: dict[str, Any]) -> Setup:
@@ -90,6 +107,10 @@ def load(config: dict[str, Any]) -> Setup:
   )
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
   dataset.check_classes(shape[-1])
+  one = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for interpreter in built.values():  # says what does not fit this model or these images
+    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    jax.eval_shape(interpreter.explain, clf, x, one, jax.random.key(0))
   labels = dataset.labels
   target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1])
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
@@ -161,6 +182,9 @@ def select(setup: Setup) -> Examples:
   for label in sorted({int(true[i]) for i in chosen}):
     if len(met[label]) == 1 and (other := _first(setup, label, seen)) >= 0:
       met[label].append(other)
+  for interpreter in setup.interpreters.values():
+    validate.explicable(true[chosen], interpreter, 'label', chosen)
+    validate.explicable(targets, interpreter, 'target (see --target_label)', chosen)
   others = [_next(met[int(true[i])], i) for i in chosen]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':

@@ -20,6 +20,7 @@ from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
 from adv2_jax.data import Dataset
 from adv2_jax.nets import saliency_unet
 from adv2_jax.types import InputError, Key, Map, PyTree
+from experiments import _flags
 
 METRICS = ('destroyer', 'preserver', 'area', 'smoothness', 'marked', 'marked_fake')
 FIGURES = ('p_kept', 'p_removed', 'marked', 'marked_fake', 'correlation', 'presence_accuracy')
@@ -51,6 +52,8 @@ class Net(NamedTuple):
 
 def build(c: Mapping[str, Any], labels: np.ndarray, key: Key) -> Net:
   """The net with its encoder's weights; InputError where weights or labels do not fit."""
+  if not 0 <= c['fake'] < 1:
+    raise InputError(f'--fake is {c["fake"]}; expected 0 or more, and less than 1')
   clf = checkpoints.load_classifier(c['model'], c['weights'])
   encoder = c['encoder'] or c['model']
   source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
@@ -61,7 +64,7 @@ def build(c: Mapping[str, Any], labels: np.ndarray, key: Key) -> Net:
       f'the data has the label {labels.max()}, {c["model"]} the classes 0…{num_classes - 1}: '
       'check --label_key and --weights'
     )
-  widths = [int(w) for w in c['widths']] if c['widths'] else None
+  widths = _flags.widths(c['widths'])
   module = saliency_unet.build(encoder, num_classes, widths, c['confidence'])
   tensors = checkpoints.read_tensors(source)
   read = checkpoints.load_variables(module.encoder, tensors, f'{source} as the encoder {encoder}')
@@ -116,7 +119,7 @@ class Judge:
   """What a saliency net is worth on held-out images, and a picture of its maps."""
 
   def __init__(self, net: Net, image: np.ndarray, label: np.ndarray):
-    self.image, self.label = image[:HELD_OUT], label[:HELD_OUT]
+    self.image, self.label = image, label
     known = np.arange(net.module.num_classes) if net.classes is None else np.array(net.classes)
     shift = np.random.default_rng(0).integers(1, len(known), len(self.label))
     self.fake = known[(np.searchsorted(known, self.label) + shift) % len(known)]

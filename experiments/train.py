@@ -197,8 +197,10 @@ def prepare(config: Mapping[str, Any]) -> Job:
     checkpoints.read_tensors(source)
   path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
   store.check_workdir(path, c, c['resume'])
-  opened = open_data(c)
-  train, test = opened[0].decode('train'), opened[1].decode('held out')
+  to_train, held_out = open_data(c)
+  if c['task'] == 'rts':
+    held_out = held_out._replace(ids=held_out.ids[: _train_rts.HELD_OUT])
+  train, test = to_train.decode('train'), held_out.decode('held out')
   batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
   per_epoch = len(train.label) // c['batch_size']
   c['steps'] = c['steps'] or c['epochs'] * per_epoch
@@ -267,7 +269,7 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
     whole = {**stored, 'black_box': net.variables['black_box']}
     held_out = judge(whole)
     maps = judge.judged(whole, judge.label).map
-    held_out |= _train_rts.localisation(maps, test.dataset, test.ids[: len(maps)])
+    held_out |= _train_rts.localisation(maps, test.dataset, test.ids)
     return {
       'model': 'rts',
       'black_box': c['model'],

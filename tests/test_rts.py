@@ -1,5 +1,6 @@
 """RTS: net, losses and interpreter against the published code's numbers; its training."""
 
+import csv
 import json
 
 import flax.linen as nn
@@ -9,14 +10,17 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from conftest import PARITY
+from conftest import PARITY, flag_defaults
 from parity.weights import numpy_weights
 
-from adv2_jax import checkpoints, interpreters, losses, nets, saliency
+from adv2_jax import api, checkpoints, interpreters, losses, nets, saliency, training
 from adv2_jax.interpreters.rts import Decoder
+from adv2_jax.nets import saliency_unet
 from adv2_jax.nets.saliency_unet import SaliencyUnet, pixel_shuffle
 from adv2_jax.training import TrainBatch, TrainState
 from adv2_jax.types import InputError, Outputs
+from experiments import _flags, _train_rts
+from experiments import train as train_command
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
@@ -148,6 +152,7 @@ def test_the_loss_wants_the_mask_that_decides():
   assert min(true, key=true.get) in ('left', 'none')  # area weighs 8: see the next line
   assert true['left'] < true['right']
   assert true['left'] < true['all']
+  y = jnp.ones(1, jnp.int32)  # a class that the image does not show
   fake = {name: loss(mask, False) for name, mask in candidates.items()}
   assert min(fake, key=fake.get) == 'none'
 
@@ -222,3 +227,131 @@ def test_a_decoder_of_other_classes_is_refused(variables):
   interp = interpreters.rts(decoder(variables, 7))
   with pytest.raises(InputError, match='the decoder knows 7 classes, the classifier 5'):
     interp.explain(tiny.classifier(), X, Y, jax.random.key(0))
+
+
+# --- the file and the command ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def stored(tmp_path_factory):
+  """A decoder for the scenes' net, untrained, as the command writes it."""
+  module = saliency_unet.build('scene_resnet', 10, (8, 8))
+  shapes = saliency_unet.variable_shapes(module)
+  fill = np.random.RandomState(0)
+  variables = jax.tree.map(lambda v: fill.uniform(0.1, 0.5, v.shape).astype(np.float32), shapes)
+  card = dict.fromkeys(checkpoints.CARD_FIELDS) | {
+    'model': 'rts',
+    'black_box': 'scene_resnet',
+    'encoder': 'scene_resnet',
+    'widths': [8, 8],
+    'confidence': 0.0,
+    'classes': [0, 3, 4],
+    'num_classes': 10,
+    'mean': MEAN,
+    'std': STD,
+  }
+  path = tmp_path_factory.mktemp('decoder') / 'rts.safetensors'
+  checkpoints.save_checkpoint(path, variables, card)
+  return path, module, variables
+
+
+def test_a_stored_decoder_is_the_net_that_was_stored(stored):
+  path, module, variables = stored
+  loaded = checkpoints.load_decoder(path, 'scene_resnet')
+  assert loaded.classes == (0, 3, 4)
+  assert loaded.num_classes == 10
+  assert checkpoints.load_decoder(path).apply_fn is loaded.apply_fn  # nothing is traced anew
+  x, y = tiny.images(2, 64), jnp.array([3, 4])
+  expected = jax.jit(module.apply)(variables, (x - 0.5) / 0.25, y)
+  seen = jax.jit(loaded.apply_fn)(loaded.params, x, y)
+  np.testing.assert_allclose(seen.map, expected.map, atol=0.02)  # kernels are stored in float16
+  np.testing.assert_allclose(seen.encoder.logits, expected.encoder.logits, rtol=0.01)
+
+
+def test_decoders_that_do_not_fit_are_refused(stored, tmp_path):
+  path = stored[0]
+  with pytest.raises(InputError, match='trained to explain scene_resnet, not resnet18'):
+    checkpoints.load_decoder(path, 'resnet18')
+  with pytest.raises(InputError, match='no card of a saliency decoder'):
+    checkpoints.load_decoder('scene_resnet')
+  card = json.loads(path.with_suffix('.json').read_text())
+  for name, value, message in (
+    ('num_classes', 7, "'encoder.fc.bias' has shape .10., expected .7."),
+    ('encoder', 'cifar_resnet20', 'is missing|is unexpected|has shape'),
+    ('widths', [16, 8], 'has shape'),
+  ):
+    other = tmp_path / f'{name}.safetensors'
+    other.write_bytes(path.read_bytes())
+    other.with_suffix('.json').write_text(json.dumps(card | {name: value}))
+    with pytest.raises(InputError, match=message):
+      checkpoints.load_decoder(other)
+
+
+def test_classes_that_the_selector_never_saw_are_refused(stored):
+  interp = interpreters.build('rts', decoder=checkpoints.load_decoder(stored[0]))
+  x, clf = tiny.images(2, 64), checkpoints.load_classifier('scene_resnet')
+  with pytest.raises(InputError, match='target of image 1 is 5, a class that rts never saw'):
+    api.attack(clf, interp, x, target=[3, 5], label=[0, 0])
+  with pytest.raises(InputError, match=r'label of image 0 is 7, .* it knows 0, 3, 4'):
+    api.attack(clf, interp, x, target=[3, 4], label=[7, 0])
+  with pytest.raises(InputError, match='rts needs a trained decoder'):
+    interpreters.build('rts')
+
+
+def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
+  """Selector and decoder, stopped after the selector and resumed, then attacked."""
+  flags = flag_defaults(_flags.define_train_flags) | {
+    'task': 'rts',
+    'num_examples': 40,
+    'batch_size': 8,
+    'selector_steps': 2,
+    'steps': 3,
+    'widths': ['8', '8'],
+    'workdir': str(tmp_path / 'w'),
+  }
+  original = training.fit
+
+  def killed(*args, **kwargs):
+    if kwargs['checkpoint'].name == 'state.msgpack':
+      raise KeyboardInterrupt
+    return original(*args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_train_rts, 'HELD_OUT', 25)
+    patch.setattr(training, 'fit', killed)
+    with pytest.raises(KeyboardInterrupt):
+      train_command.run(flags)
+    patch.setattr(training, 'fit', original)
+    train_command.run(flags | {'resume': True})
+  folder = tmp_path / 'w'
+  with (folder / 'log.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row['phase'] for row in rows] == ['selector', 'state', 'state']
+  assert 0 < float(rows[-1]['held_out_marked']) < 1
+  assert (folder / 'figures/maps-000.png').stat().st_size > 10_000
+  card = json.loads((folder / 'rts.json').read_text())
+  assert card['held_out']['marked'] == pytest.approx(float(rows[-1]['held_out_marked']), abs=0.02)
+  assert 0 <= card['held_out']['pointing_game'] <= 1
+  decoder = checkpoints.load_decoder(folder / 'rts.safetensors', 'scene_resnet')
+  encoder = checkpoints.load_classifier('scene_resnet').params['params']
+  frozen = decoder.params['params']['encoder']
+  jax.tree.map(np.testing.assert_array_equal, dict(frozen), dict(encoder))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'encoder': 'vgg16'}, "unknown model 'vgg16'"),
+    ({'encoder_weights': 'nowhere.npz'}, "no weights at 'nowhere.npz'"),
+    ({'encoder': 'cifar_resnet20', 'encoder_weights': 'scene_resnet'}, 'as the encoder cifar'),
+    ({'fake': 1.0}, '--fake is 1.0; expected 0 or more, and less than 1'),
+    ({'widths': ['8']}, '--widths has 1 numbers; scene_resnet needs 2'),
+    ({'widths': ['8', 'x']}, '--widths is 8,x; expected'),
+  ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message):
+  monkeypatch.setattr(_train_rts, 'HELD_OUT', 8)
+  few = {'task': 'rts', 'num_examples': 16, 'batch_size': 8, 'workdir': str(tmp_path / 'w')}
+  with pytest.raises(InputError, match=message):
+    train_command.run(flag_defaults(_flags.define_train_flags) | few | change)
+  assert not (tmp_path / 'w').exists()

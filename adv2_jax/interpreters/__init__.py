@@ -20,18 +20,29 @@ FACTORIES: dict[str, Callable[..., Interpreter]] = {
   'integrated_gradients': integrated_gradients,
   'smooth_grad': smooth_grad,
 }
+NAMES = (*FACTORIES, 'rts')  # RTS is trained: `build` needs its decoder
+
+
+def build(
+  name: str, image_size: int = 224, form: str = 'printed', decoder: Decoder | None = None
+) -> Interpreter:
+  """The interpreter of that name with the settings usual for that image size (px).
+
+  `form` is that of GRAD's smoothed ReLU derivative; maps do not depend on it, attacks do. `decoder`
+  is what RTS needs; see `checkpoints.load_decoder`.
+  """
+  if name not in NAMES:
+    raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(NAMES)}')
+  if name != 'rts':
+    return _build(name, image_size, form)
+  if decoder is None:
+    raise InputError('interpreter rts needs a trained decoder: load_decoder(…), or --decoder')
+  return rts(decoder)
 
 
 @functools.lru_cache
-def build(name: str, image_size: int = 224, form: str = 'printed') -> Interpreter:
-  """The interpreter of that name with the settings usual for that image size (px).
-
-  `form` is that of GRAD's smoothed ReLU derivative; maps do not depend on it, attacks do.
-
-  Built once per setting: its functions are static, a second one would be traced anew.
-  """
-  if name not in FACTORIES:
-    raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(FACTORIES)}')
+def _build(name: str, image_size: int, form: str) -> Interpreter:
+  """Built once per setting: its functions are static, a second one would be traced anew."""
   takes_pool = name in ('grad', 'input_x_gradient', 'integrated_gradients', 'smooth_grad')
   options: dict[str, Any] = {'pool': 4 if image_size > 64 else 2} if takes_pool else {}
   if name == 'grad':
@@ -42,6 +53,7 @@ def build(name: str, image_size: int = 224, form: str = 'printed') -> Interprete
 __all__ = [
   'CIFAR_MASK',
   'FACTORIES',
+  'NAMES',
   'Decoder',
   'MaskConfig',
   'avg_pool',

@@ -15,7 +15,7 @@ import numpy as np
 
 from adv2_jax import nets
 from adv2_jax.nets.layers import BatchNorm, Conv
-from adv2_jax.types import Array, Image, Label, Map, Outputs, PyTree
+from adv2_jax.types import Array, Image, InputError, Label, Map, Outputs, PyTree
 
 # The encoder's features that the decoder takes, from the deepest on.
 LEVELS = ('features', 'stage3', 'stage2', 'stage1')
@@ -135,10 +135,12 @@ def build(
   published 256, 128, 64.
   """
   net = nets.build(encoder, num_classes=num_classes)
+  taps = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), _ONE_IMAGE)[0].taps)
+  passed = [taps[name].shape[-1] for name in LEVELS[1:] if name in taps]
   if widths is None:
-    taps = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), _ONE_IMAGE)[0].taps)
-    passed = [taps[name].shape[-1] for name in LEVELS[1:] if name in taps]
     widths = tuple(max(n // 4, 32) for n in passed)
+  if len(widths) != len(passed):
+    raise InputError(f'--widths has {len(widths)} numbers; {encoder} needs {len(passed)}')
   return SaliencyUnet(net, tuple(widths), num_classes, confidence)
 
 
