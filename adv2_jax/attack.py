@@ -100,7 +100,7 @@ def adv2(
     keys = keys_at(batch, jnp.int32(0))
     if delta is None:
       delta = perturbation.init(batch.x, keys)
-    carry = interpreter.begin(clf, perturbation.apply(batch.x, delta), batch.target, keys)
+    carry = interpreter.begin(clf, batch.x, batch.target, batch.target_map, keys)
     return AttackState(delta, jax.vmap(tx.init)(delta), carry, ~batch.is_real, jnp.int32(0))
 
   def loss(delta: PyTree, batch: Batch, state: AttackState) -> tuple[Array, tuple]:
@@ -242,8 +242,8 @@ def _finite(tree: PyTree) -> Array:
 
 def _map_loss(seen: Unrolled, batch: Batch, distance: MapDistance) -> Array:
   """Mean over the T look-ahead maps, sum over interpreters, [B]."""
-  if seen.maps is None:
-    return jnp.zeros(len(batch.x))
+  if seen.distance is not None:
+    return seen.distance
   over_time = jax.vmap(distance, in_axes=(0, None))
   per_map = jax.tree.map(lambda m, t: over_time(m, t).mean(0), seen.maps, batch.target_map)
   return jax.tree.reduce(jnp.add, per_map)

@@ -39,17 +39,20 @@ class Unrolled(NamedTuple):
   Attributes:
     maps: f32[T,B,h,w] (or a pytree of such, under `joint`), differentiable in x. T is the number of
       differentiable maps in this step: 1 for closed-form interpreters, several look-ahead iterates
-      for MASK. None: no map (plain PGD).
+      for MASK. None: no map, `distance` stands for it.
     carry: the state for the next step.
     extra: f32[B], a further loss term (RTS: cross-entropy of its encoder); zeros otherwise.
     logits: f32[B,K] of the pass that made the maps, so that the prediction loss shares it; None
       makes the attack run the classifier itself.
+    distance: f32[B], 0 when the target map is reached; None: the attack's own distance, of the
+      maps. For interpreters that know better what stands between them and the map.
   """
 
   maps: PyTree
   carry: Carry
   extra: Array
   logits: Array | None = None
+  distance: Array | None = None
 
 
 class Interpreter(flax.struct.PyTreeNode):
@@ -60,7 +63,8 @@ class Interpreter(flax.struct.PyTreeNode):
     explain_fn: (params, clf, x, y, keys) -> Map. Honest: the real network, what an analyst sees.
     unroll_fn: (params, clf, x, y, carry, keys) -> Unrolled, inside the attack: the same map made
       differentiable in x (GRAD: through the smoothed ReLU derivative).
-    begin_fn: (params, clf, x, y, keys) -> Carry, before the first attack step.
+    begin_fn: (params, clf, x, y, target_map, keys) -> Carry, before the first attack step; x are
+      the clean images.
     name: short name, used in files and tables.
     passes: network passes per example of one `explain`, and of one `unroll` with its gradient
       (a forward pass counts 1, its backward pass 1 more).
@@ -82,9 +86,9 @@ class Interpreter(flax.struct.PyTreeNode):
     """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""
     return self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
 
-  def begin(self, clf: Any, x: Image, y: Label, key: Key) -> Carry:
-    """The carry before the first attack step."""
-    return self.begin_fn(self.params, clf, x, y, example_keys(key, len(x)))
+  def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
+    """The carry before the first attack step; x are the clean images."""
+    return self.begin_fn(self.params, clf, x, y, target_map, example_keys(key, len(x)))
 
   def unroll(self, clf: Any, x: Image, y: Label, carry: Carry, key: Key) -> Unrolled:
     """The maps of this attack step, differentiable in x."""

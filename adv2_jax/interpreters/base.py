@@ -66,7 +66,8 @@ def no_map() -> Interpreter:
 
   def unroll(params, clf, x, y, carry, keys) -> Unrolled:
     del params, y, keys
-    return Unrolled(None, carry, jnp.zeros(len(x)), clf(x).logits)
+    nothing = jnp.zeros(len(x))
+    return Unrolled(None, carry, nothing, clf(x).logits, nothing)
 
   explain = lambda params, clf, x, y, keys: jnp.zeros((len(x), 1, 1))  # noqa: E731
   return Interpreter((), explain, unroll, lambda *_: (), name='none', passes=(0, 2))

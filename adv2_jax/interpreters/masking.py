@@ -9,6 +9,8 @@ The map is 1 − m*, m* = argmin l_map. All of φ is linear in m and in x, so up
 matrices, made once on the host.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adv2_jax import losses
 from adv2_jax.types import (
   Array,
   Image,
@@ -194,71 +197,104 @@ def solve(
   return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
 
 
-class Tracked(NamedTuple):
-  """MASK's carry through an attack: the running solution, and the number of attack steps [B]."""
+class Landscape(NamedTuple):
+  """What the attack imitates: how sure the class is under the masks that the solver meets.
 
-  solution: MaskState
-  step: Array
+  Attributes:
+    path: f32[B,n,h,w], the solver's own path on the clean image, for the class it shows.
+    x: the clean images.
+    label: i32[B], that class.
+  """
+
+  path: Array
+  x: Image
+  label: Label
+
+
+def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> Array:
+  """The solver's masks before each of its iterations, f32[B,steps,h,w]."""
+
+  def body(state: MaskState, i: Array) -> tuple[MaskState, Array]:
+    here = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    return solver_step(clf, state, x, y, here, config), state.mask
+
+  path = jax.lax.scan(body, start(config, len(x)), jnp.arange(config.steps))[1]
+  return jnp.moveaxis(path, 0, 1)
 
 
 def mask(
-  config: MaskConfig | None = None, *, plain: int = 4, look_ahead: int = 4, renew: int = 50
+  config: MaskConfig | None = None, *, looks: int = 4, noise: float = 0.2, reach: float = 1 / 3
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
 
-  The map depends on x through an optimisation. In the attack the running solution is followed: per
-  step `plain` Adam iterations that keep no gradient, then `look_ahead` that do, each from where the
-  one before arrived (the mask is cut between them, Adam's moments are not); each is a map. Every
-  `renew` steps the solution is made afresh, as the analyst will make it.
+  The map depends on x through an optimisation, which the attack does not differentiate. The solver
+  sees x through log-odds only: u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). If u(m; x, t) equals
+  u(m; x0, y) wherever it looks, it goes the same way and ends in the same map. Per attack step,
+  `looks` masks are drawn, from its path on the clean image and with noise about it, and the
+  distance is the mean of |u(m; x, t) − u(m; x0, y)|. No solution is computed in the loop.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
-    plain: iterations per attack step without a gradient.
-    look_ahead: T, iterations per attack step that are differentiated.
-    renew: attack steps between fresh solutions.
+    looks: masks per attack step; each is a forward pass on x0, and one with gradient on x.
+    noise: standard deviation, per cell.
+    reach: the share of the path that is looked at; what happens early decides.
 
   Raises:
     InputError: a setting that makes no sense; when traced, one that does not fit the images.
   """
   c = MaskConfig() if config is None else config
   check(c)
-  if plain < 0 or look_ahead < 1 or renew < 1:
-    raise InputError(
-      f'plain={plain}, look_ahead={look_ahead}, renew={renew}; expected ≥ 0, ≥ 1 and ≥ 1'
-    )
+  if looks < 1 or noise < 0 or not 0 < reach <= 1:
+    raise InputError(f'looks={looks}, noise={noise}, reach={reach}; expected ≥ 1, ≥ 0, in (0, 1]')
+  # Beyond it p(1 − p) is so small that the solver feels the area term only.
+  bound = min(12.0, 2.0 - math.log(c.area)) if c.area else 12.0
 
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
     del params
     return 1 - solve(clf, x, y, keys, c).mask
 
-  def begin(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Tracked:
+  def begin(params: PyTree, clf: Any, x: Image, y: Label, target_map: Map, keys: Key) -> Landscape:
+    del params, y, target_map
+    check_fits(c, *x.shape[1:3])
+    label = jnp.argmax(clf(x).logits, axis=-1)
+    return Landscape(solver_path(clf, x, label, keys, c), x, label)
+
+  def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Landscape, keys: Key) -> Unrolled:
     del params
-    return Tracked(solve(clf, x, y, keys, c), jnp.zeros(len(x), jnp.int32))
+    n = len(x)
+    draw = functools.partial(_draw, steps=c.steps * reach, looks=looks, noise=noise)
+    masks, jitter_keys = jax.vmap(draw)(keys, carry.path)
 
-  def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Tracked, keys: Key) -> Unrolled:
-    del params
-    held = jax.lax.stop_gradient(x)
-    due = (carry.step[0] > 0) & (carry.step[0] % renew == 0)  # all rows count alike
-    solution = jax.lax.cond(
-      due, lambda s: solve(clf, held, y, keys, c), lambda s: s, carry.solution
-    )
-    solution = jax.lax.stop_gradient(solve(clf, held, y, keys, c, solution, plain))
+    def log_odds(x: Image, y: Label) -> Array:  # [B·looks]
+      repeat = lambda v: jnp.repeat(v, looks, axis=0)  # noqa: E731
+      views = jittered(repeat(x), jitter_keys.reshape(-1), c.jitter)
+      views = perturbed(views, masks.reshape(-1, *masks.shape[2:]), c)
+      return losses.log_odds(clf(views).logits, repeat(y))
 
-    @jax.checkpoint  # one iteration's activations at a time
-    def look(state: MaskState, i: Array) -> tuple[MaskState, Array]:
-      here = jax.vmap(jax.random.fold_in, (0, None))(keys, plain + i)
-      cut = state._replace(mask=jax.lax.stop_gradient(state.mask))
-      state = solver_step(clf, cut, x, y, here, c)
-      return state, 1 - state.mask
+    wanted = jax.lax.stop_gradient(log_odds(carry.x, carry.label))
+    apart = misfit(log_odds(x, y), wanted, bound).reshape(n, looks)
+    return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, jnp.mean(apart, axis=1))
 
-    last, maps = jax.lax.scan(look, solution, jnp.arange(look_ahead))
-    carry = Tracked(jax.lax.stop_gradient(last), carry.step + 1)
-    return Unrolled(maps, carry, jnp.zeros(len(x)))
+  passes = (2 * c.steps, 2 + 3 * looks)
+  return Interpreter((), explain, unroll, begin, name='mask', passes=passes, exact=False)
 
-  of_step = 2 * plain + 6 * look_ahead + 2 * c.steps // renew + 2
-  return Interpreter(
-    (), explain, unroll, begin, name='mask', passes=(2 * c.steps, of_step), exact=False
-  )
+
+def _draw(key: Key, path: Array, *, steps: float, looks: int, noise: float) -> tuple[Array, Key]:
+  """Masks [looks,h,w] about a path [n,h,w], denser at its beginning, and a key for each."""
+  k = jax.random.split(key, 3)
+  place = (jnp.arange(looks) + jax.random.uniform(k[0], (looks,))) / looks
+  masks = path[jnp.int32(place**2 * steps)]
+  masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
+  masks = masks.at[0].set(path[0])  # where every solution begins
+  return masks, jax.random.split(k[2], looks)
+
+
+def misfit(u: Array, wanted: Array, bound: float) -> Array:
+  """|u − u*|; where |u*| ≥ bound, how far u falls short of the bound."""
+  inside = jnp.clip(wanted, -bound, bound)
+  too_low = jax.nn.relu(inside - u) * (wanted > -bound)
+  too_high = jax.nn.relu(u - inside) * (wanted < bound)
+  return too_low + too_high
 
 
 def check(config: MaskConfig) -> None:
