@@ -216,7 +216,7 @@ KEEPER = Interpreter(
   (),
   lambda *_: None,
   keep_and_draw,
-  lambda p, clf, x, y, keys: (jnp.full(len(x), 10), x.mean((1, 2, 3))),
+  lambda p, clf, x, y, target_map, keys: (jnp.full(len(x), 10), x.mean((1, 2, 3))),
 )
 
 

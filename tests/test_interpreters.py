@@ -43,7 +43,7 @@ def attacked(name):
   @jax.jit
   def run(clf, x, weights):
     def loss(x):
-      seen = interpreter.unroll(clf, x, Y, interpreter.begin(clf, x, Y, KEYS), KEYS)
+      seen = interpreter.unroll(clf, x, Y, interpreter.begin(clf, x, Y, None, KEYS), KEYS)
       assert seen.maps.ndim == 4
       (maps,) = seen.maps
       return jnp.sum(weights * losses.map_mse(maps, wanted(maps))), seen

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.weights import numpy_weights
 
-from adv2_jax import checkpoints, interpreters, nets
+from adv2_jax import api, checkpoints, interpreters, nets, presets
 from adv2_jax.classifier import from_linen
 from adv2_jax.interpreters import masking as M
 from adv2_jax.types import InputError
@@ -133,24 +133,18 @@ def test_solving_in_two_parts_is_solving_at_once():
   np.testing.assert_array_equal(solve(CLF, X, Y, KEYS, SMALL, half, steps=7).mask, whole.mask)
 
 
-def test_the_hyper_gradient_against_finite_differences():
-  """∂/∂x of the look-ahead map, in double precision: a ReLU net's kinks forbid long steps."""
-  interpreter = interpreters.mask(SMALL, plain=2, look_ahead=1)
+def test_the_solver_s_derivative_against_finite_differences():
+  """∂/∂x of an iteration's mask, in double precision: a ReLU net's kinks forbid long steps."""
   with jax.enable_x64(True):
     clf, x = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (CLF, X))
     wanted = jnp.asarray(np.random.RandomState(0).rand(3, 4, 4))
-    carry = jax.jit(lambda clf, x: interpreter.begin(clf, x, Y, KEYS))(clf, x)
-    state = solve(clf, x, Y, KEYS, SMALL, carry.solution, steps=2)  # as `plain`, at x itself
-
-    def unrolled(clf, x):
-      return jnp.sum((interpreter.unroll(clf, x, Y, carry, KEYS).maps[0] - wanted) ** 2)
+    state = solve(clf, x, Y, KEYS, SMALL, steps=20)
 
     @jax.jit
     def ahead(clf, x):
-      here = jax.vmap(jax.random.fold_in, (0, None))(KEYS, 2)
-      return jnp.sum((1 - M.solver_step(clf, state, x, Y, here, SMALL).mask - wanted) ** 2)
+      return jnp.sum((1 - M.solver_step(clf, state, x, Y, KEYS, SMALL).mask - wanted) ** 2)
 
-    g = jax.jit(jax.grad(unrolled, argnums=1))(clf, x)
+    g = jax.jit(jax.grad(ahead, argnums=1))(clf, x)
     assert g.dtype == jnp.float64
     rng, step = np.random.RandomState(1), 1e-6
     directions = [jnp.asarray(np.sign(g) + rng.randn(*g.shape)) for _ in range(4)]
@@ -162,16 +156,72 @@ def test_the_hyper_gradient_against_finite_differences():
   np.testing.assert_allclose(predicted, measured, rtol=1e-3)
 
 
-def test_the_running_solution_is_renewed():
-  """From a wrong running solution, the fresh one is found when it is due, and not before."""
-  interpreter = interpreters.mask(SMALL, plain=0, look_ahead=1, renew=5)
-  fresh = solve(CLF, X, Y, KEYS, SMALL)
-  wrong = fresh._replace(mask=jnp.zeros_like(fresh.mask))
-  unroll = jax.jit(lambda clf, carry: interpreter.unroll(clf, X, Y, carry, KEYS).maps[0])
-  due = unroll(CLF, M.Tracked(wrong, jnp.full(3, 10, jnp.int32)))
-  early = unroll(CLF, M.Tracked(wrong, jnp.full(3, 9, jnp.int32)))
-  assert np.abs(due - (1 - fresh.mask)).max() < 0.11  # one iteration on
-  assert float(early.min()) > 0.85
+# --- what the attack imitates ---------------------------------------------------------------------
+
+
+def test_the_path_is_the_solver_s():
+  path = jax.jit(M.solver_path, static_argnums=4)(CLF, X, Y, KEYS, SMALL)
+  assert path.shape == (3, SMALL.steps, 4, 4)
+  for i in (0, 1, 7):
+    there = solve(CLF, X, Y, KEYS, SMALL, steps=i).mask
+    np.testing.assert_allclose(path[:, i], there, atol=1e-5)
+
+
+def test_the_masks_looked_at_are_about_the_path_and_begin_where_it_begins():
+  path = jnp.linspace(0.2, 0.8, 50).reshape(-1, 1, 1) * jnp.ones((50, 4, 4))
+  draw = jax.jit(lambda key, noise: M._draw(key, path, steps=50.0, looks=4, noise=noise)[0])
+  exact = draw(jax.random.key(0), 0.0)
+  np.testing.assert_array_equal(exact[0], path[0])
+  places = [int(np.argmin(np.abs(path[:, 0, 0] - m[0, 0]))) for m in exact]
+  for place, low, high in zip(places[1:], (3, 12, 28), (12, 28, 50), strict=True):
+    assert low <= place <= high
+  noisy = jnp.stack([draw(jax.random.key(i), 0.1) for i in range(30)])[:, 0]
+  assert abs(float(noisy.mean()) - 0.2) < 0.02
+  np.testing.assert_array_equal(draw(jax.random.key(3), 0.1), draw(jax.random.key(3), 0.1))
+
+
+def test_nothing_is_amiss_on_the_clean_image_and_its_own_class():
+  interpreter = interpreters.mask(SMALL)
+  own = tiny.outputs(CLF, X).logits.argmax(-1)
+  distance = jax.jit(
+    lambda clf, x, y: (
+      interpreter.unroll(clf, x, y, interpreter.begin(clf, X, y, None, KEYS), KEYS).distance
+    )
+  )
+  np.testing.assert_allclose(distance(CLF, X, own), 0, atol=1e-5)
+  assert float(distance(CLF, X, (own + 1) % tiny.CLASSES).min()) > 0.1
+  assert float(distance(CLF, 1 - X, own).min()) > 1e-3
+
+
+def test_misfit_by_hand():
+  u = jnp.array([1.0, -9.0, -5.0, 9.0, 5.0, -9.0])
+  wanted = jnp.array([3.0, -7.0, -7.0, 7.0, 7.0, 7.0])
+  np.testing.assert_allclose(M.misfit(u, wanted, 6.0), [2, 0, 1, 0, 1, 15])
+
+
+def test_the_attack_keeps_the_map():
+  """On a linear classifier, where all that the solver sees can be imitated; judged by solving."""
+  clf = tiny.linear_classifier(size=16)
+  clf = clf.replace(params=0.5 * clf.params)
+  interpreter = interpreters.mask(SMALL)
+  x = tiny.images(8, seed=3)
+  y = tiny.outputs(clf, x).logits.argmax(-1)
+  target = (y + 1) % tiny.CLASSES
+  benign = api.explain(clf, interpreter, x, y, jax.vmap(jax.random.key)(jnp.arange(8)))
+  epsilon, key = 0.2, jax.random.key(0)
+  found = api.attack(
+    clf, interpreter, x, target=target, label=y, target_map=benign, epsilon=epsilon, steps=60
+  )
+  batch = tiny.batch(x, target, benign)
+  plain, _ = api.attack_batch(presets.plain_pgd('fast'), clf, interpreter, batch, epsilon, key)
+  hit = np.asarray(found.success & (tiny.outputs(clf, plain).logits.argmax(-1) == target))
+  assert hit.sum() >= 5
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
+  far, near = (
+    np.abs(api.explain(clf, interpreter, v, target, keys) - benign).mean((1, 2))[hit].mean()
+    for v in (plain, found.x)
+  )
+  assert near < 0.65 * far, (near, far)
 
 
 @pytest.mark.parametrize(
