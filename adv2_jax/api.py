@@ -209,7 +209,6 @@ def attack(
   validate.explicable(target, interpreter, 'target')
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
-  if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   target_map = validate.target_map(target_map, map_shape)
   recipe: Recipe = (

@@ -455,7 +455,7 @@ def _empty_classifier(
 # --- saliency nets --------------------------------------------------------------------------------
 
 
-def load_decoder(source: str | os.PathLike = 'scene_rts', black_box: str | None = None) -> Decoder:
+def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Decoder:
   """The saliency net of RTS, encoder included, as `experiments.train --task rts` writes it.
 
   Args:

@@ -98,6 +98,12 @@ def blend(keep: Map, kept: Image, filling: Image) -> Image:
   return filling + keep[..., None] * (kept - filling)
 
 
+def alone_and_without(mask: Map, x: Image, key: Key) -> tuple[Image, Image]:
+  """The images with the marked part alone, and without it; mask f32[B,H,W]."""
+  a, b = (substitute(x, k) for k in jax.random.split(key))
+  return blend(mask, a.kept, a.image), blend(1 - mask, b.kept, b.image)
+
+
 # --- the training loss ----------------------------------------------------------------------------
 
 
@@ -139,11 +145,7 @@ def training_loss(
   the true object away: on the scenes, maps of fake classes then marked the object.
   """
   mask = images.upsample(mask, (x.shape[1], x.shape[2]))
-  fillings = [substitute(x, k) for k in jax.random.split(key)]
-  preserved, destroyed = (
-    logits_fn(blend(keep, filling.kept, filling.image))
-    for keep, filling in zip((mask, 1 - mask), fillings, strict=True)
-  )
+  preserved, destroyed = (logits_fn(v) for v in alone_and_without(mask, x, key))
   preserver = jnp.where(is_present, hinge_keep(preserved, y), hinge_destroy(preserved, y, 1.0))
   destroyer = jnp.where(is_present, hinge_destroy(destroyed, y), 0.0)
   terms = {
@@ -308,12 +310,7 @@ def judge(
   """
   seen = _apply(module, variables, x, y, mean, std)
   mask = images.upsample(seen.map, (x.shape[1], x.shape[2]))
-  kept, removed = (
-    losses.log_odds(clf(blend(keep, filling.kept, filling.image)).logits, y)
-    for keep, filling in zip(
-      (mask, 1 - mask), [substitute(x, k) for k in jax.random.split(key)], strict=True
-    )
-  )
+  kept, removed = (losses.log_odds(clf(v).logits, y) for v in alone_and_without(mask, x, key))
   return Judged(
     seen.map,
     jnp.mean(mask, axis=(1, 2)),

@@ -84,7 +84,7 @@ def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
   model, source = config['model'], config.get('decoder')
   if source is None:
     source = BUILT_IN_DECODERS.get(model)
-    if source is None:
+    if source not in checkpoints.built_in():
       raise InputError(
         f'--interpreters rts: no built-in decoder for {model}; give --decoder FILE.safetensors, '
         f'from python -m experiments.train --task rts --model {model}'

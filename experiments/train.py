@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +152,6 @@ class Task(NamedTuple):
   """What is trained.
 
   Attributes:
-    module: the net.
     phases: the trainings, one after the other.
     variables: that the first one starts from; None: fresh ones.
     metrics: names of what a step reports.
@@ -163,7 +161,6 @@ class Task(NamedTuple):
     picture: variables -> a figure to look at, each epoch.
   """
 
-  module: nn.Module
   phases: Sequence[training.Phase]
   variables: PyTree | None
   metrics: tuple[str, ...]
@@ -203,10 +200,10 @@ def prepare(config: Mapping[str, Any]) -> Job:
   train, test = to_train.decode('train'), held_out.decode('held out')
   batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
   per_epoch = len(train.label) // c['batch_size']
-  c['steps'] = c['steps'] or c['epochs'] * per_epoch
-  task = TASKS[c['task']](c, train, test, per_epoch)
-  made = store.Workdir.create(path, c, c['resume']).path
-  return Job(c, made, train, test, batch_at, per_epoch, task)
+  known = c | {'steps': c['steps'] or c['epochs'] * per_epoch}
+  task = TASKS[c['task']](known, train, test, per_epoch)
+  made = store.Workdir.create(path, c, c['resume']).path  # the flags as given: --resume compares
+  return Job(known, made, train, test, batch_at, per_epoch, task)
 
 
 def _keys(config: Mapping[str, Any]) -> Key:
@@ -255,7 +252,7 @@ def classifier_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch
 
   phase = training.Phase('state', step, begin, c['steps'])
   evaluate = lambda variables: {'accuracy': accuracy(variables)}  # noqa: E731
-  return Task(module, [phase], variables, ('accuracy',), ('accuracy',), evaluate, card)
+  return Task([phase], variables, ('accuracy',), ('accuracy',), evaluate, card)
 
 
 def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) -> Task:
@@ -285,7 +282,6 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
     }
 
   return Task(
-    net.module,
     _train_rts.phases(c, net, _augment(c), c['steps'], selector_steps),
     net.variables,
     ('accuracy', *_train_rts.METRICS),
@@ -325,8 +321,9 @@ def fit(job: Job) -> PyTree:
         state = training.load_state(checkpoint, state)
       log = functools.partial(_log, writer, phase.name)
       is_last = phase is task.phases[-1]
+      key = jax.random.fold_in(_keys(c)[1], number) if number else _keys(c)[1]
       variables = training.fit(
-        phase.step, state, job.batch_at, phase.steps, jax.random.fold_in(_keys(c)[1], number),
+        phase.step, state, job.batch_at, phase.steps, key,
         checkpoint=checkpoint, save_every=SAVE_EVERY, log=log,
         evaluate=look if is_last else None, evaluate_every=job.per_epoch,
       ).variables  # fmt: skip

@@ -289,6 +289,13 @@ def test_the_command_writes_nowhere_else(config, tmp_path, monkeypatch):
     train.run(config)
 
 
+def test_a_run_whose_steps_come_from_its_epochs_can_be_resumed(config):
+  """The steps it works out are no flag, and must not count as another one."""
+  epochs = config | {'steps': None, 'epochs': 1}
+  assert train.prepare(epochs).config['steps'] == 43 // 8
+  assert train.prepare(epochs | {'resume': True}).config['steps'] == 43 // 8
+
+
 def test_a_full_disk_is_told(config, monkeypatch):
   monkeypatch.setattr(training, 'init_state', lambda *_: None)
 
