@@ -44,6 +44,7 @@ from adv2_jax.types import (
   Snapshot,
   Terms,
   Unrolled,
+  step_keys,
 )
 
 # (batch, snapshot) -> bool[B]: this example needs no further step.
@@ -92,12 +93,8 @@ def adv2(
   """
   schedule = weight if callable(weight) else lambda _: weight
 
-  def keys_at(batch: Batch, step: Array) -> Key:
-    fold = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step)  # noqa: E731
-    return jax.vmap(fold)(batch.example_id)
-
   def init(batch: Batch, delta: PyTree | None = None) -> AttackState:
-    keys = keys_at(batch, jnp.int32(0))
+    keys = step_keys(key, batch.example_id, 0)
     if delta is None:
       delta = perturbation.init(batch.x, keys)
     carry = interpreter.begin(clf, batch.x, batch.target, batch.target_map, keys)
@@ -105,7 +102,7 @@ def adv2(
 
   def loss(delta: PyTree, batch: Batch, state: AttackState) -> tuple[Array, tuple]:
     x = perturbation.apply(batch.x, delta)
-    keys = keys_at(batch, state.step + 1)
+    keys = step_keys(key, batch.example_id, state.step + 1)
     seen = interpreter.unroll(clf, x, batch.target, state.carry, keys)
     logits = clf(x).logits if seen.logits is None else seen.logits
     l_prd = prediction(logits, batch.target)
@@ -120,12 +117,13 @@ def adv2(
     grads, (snapshot, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
     updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
     delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
-    done = state.done | stop(batch, snapshot) | ~_finite(grads)  # a NaN would never leave again
+    done = state.done | stop(batch, snapshot) | ~finite(grads)  # a NaN would never leave again
     held = (state.delta, state.opt_state, state.carry)
     delta, opt_state, carry = where(done, held, (delta, opt_state, carry))
     return AttackState(delta, opt_state, carry, done, state.step + 1), snapshot
 
-  return Attack(init, step, lambda _, state: state.delta, lambda n: n * interpreter.passes[1])
+  spent = lambda n: interpreter.begin_passes + n * interpreter.passes[1]  # noqa: E731
+  return Attack(init, step, lambda _, state: state.delta, spent)
 
 
 def pgd(
@@ -190,7 +188,8 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: int = 0)
     return keep(batch, state, snapshot)[0]
 
   spent = lambda n: attack.passes(n) + n // every * passes  # noqa: E731
-  return Attack(init, step, result, spent, attack.passes(1) // 2 + passes)
+  forward = (attack.passes(2) - attack.passes(1)) // 2
+  return Attack(init, step, result, spent, forward + passes)
 
 
 def staged(*stages: tuple[Attack, int]) -> Schedule:
@@ -234,7 +233,7 @@ def where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
   return jax.tree.map(pick, a, b)
 
 
-def _finite(tree: PyTree) -> Array:
+def finite(tree: PyTree) -> Array:
   """bool[B]: no NaN or infinity in that example; every leaf has the batch first."""
   leaves = [jnp.isfinite(v).reshape(len(v), -1).all(1) for v in jax.tree.leaves(tree)]
   return jnp.stack(leaves).all(0)

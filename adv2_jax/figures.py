@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # readable on white and on black.
 COLOURS = {
   'benign': '#2a9d6f',
+  'again': '#5fae8f',
   'other': '#8b93a1',
   'pgd': '#e0752d',
   'adv2': '#3f7fe8',
@@ -20,6 +21,7 @@ COLOURS = {
 }
 LABELS = {
   'benign': 'benign',
+  'again': 'other random numbers',
   'other': 'another image',
   'pgd': 'PGD',
   'adv2': 'ADV²',

@@ -17,7 +17,18 @@ from jax import lax
 
 from adv2_jax.classifier import Classifier
 from adv2_jax.images import upsample
-from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
+from adv2_jax.interpreters.masking import perturbed, usual
+from adv2_jax.losses import log_odds
+from adv2_jax.types import (
+  Array,
+  Image,
+  InputError,
+  Interpreter,
+  Key,
+  Label,
+  Map,
+  example_keys,
+)
 
 MAP_FIELDS = (
   'map_l1',
@@ -225,6 +236,35 @@ def energy_inside(m: Map, mask: Array) -> Array:
   return jnp.where(inside.any((1, 2)), share, jnp.nan)
 
 
+# What a map is worth.
+
+
+def faithfulness(clf: Classifier, x: Image, y: Label, maps: Map, key: Key) -> dict[str, Array]:
+  """What the class loses with what the map marks, each [B] (Fong & Vedaldi 2017, deletion).
+
+  φ(x; m) = x · u + blur(x) · (1 − u), u = m up-sampled and softened, as MASK does for images of
+  that size. Fields: marked, the mean of the map; p_y of φ at 1 − map (p_removed), at the map itself
+  (p_kept), and at 1 − a map of the same shape elsewhere: rolled by a quarter to three quarters of
+  its side, drawn per example (p_random).
+  """
+  config = usual(x.shape[1])
+
+  def p_y(m: Array) -> Array:
+    return jax.nn.sigmoid(-log_odds(clf(perturbed(x, m, config)).logits, y))
+
+  def elsewhere(m: Array, k: Key) -> Array:
+    low, high = (jnp.array(m.shape) * part // 4 for part in (1, 3))
+    return jnp.roll(m, jax.random.randint(k, (2,), low, high + 1), (0, 1))
+
+  rolled = jax.vmap(elsewhere)(maps, example_keys(key, len(x)))
+  return {
+    'marked': jnp.mean(maps, axis=(1, 2)),
+    'p_removed': p_y(1 - maps),
+    'p_random': p_y(1 - rolled),
+    'p_kept': p_y(maps),
+  }
+
+
 # Prediction and perturbation.
 
 
@@ -265,9 +305,12 @@ def out_of_set(x8: Image, x0: Image, epsilon: float) -> Array:
 # Everything at once.
 
 
-def judge_keys(seed: int, ids: Array | np.ndarray) -> Key:
-  """The fixed key of each example [B] under which all its image states are explained."""
-  base = jax.random.fold_in(jax.random.key(seed), 1)
+def judge_keys(seed: int, ids: Array | np.ndarray, again: bool = False) -> Key:
+  """The fixed key of each example [B] under which all its image states are explained.
+
+  `again`: another one, to see how far a map depends on it.
+  """
+  base = jax.random.fold_in(jax.random.key(seed), 2 if again else 1)
   return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(ids))
 
 
@@ -284,6 +327,7 @@ def score(
   epsilon: float,
   mask: Array | None = None,
   clean_maps: Array | None = None,
+  maps: Array | None = None,
   shown: Literal['target', 'label'] = 'target',
 ) -> tuple[dict[str, Array], Map]:
   """Judges 8-bit images by the real network and fresh maps; every field of a record.
@@ -301,6 +345,7 @@ def score(
     mask: bool[B,H,W], the true object, for the localisation fields.
     clean_maps: `two_class_maps` of x0 with the same labels and key, when already at hand; saves
       half of the explanations.
+    maps: the same of x8.
     shown: which class the analyst sees and asks to have explained: for an image that was not
       attacked it is the true one. Success and confidence are always of the target.
 
@@ -311,7 +356,8 @@ def score(
   """
   if clean_maps is None:
     clean_maps = two_class_maps(clf, interpreter, x0, y, target, key)
-  maps = two_class_maps(clf, interpreter, x8, y, target, key)
+  if maps is None:
+    maps = two_class_maps(clf, interpreter, x8, y, target, key)
   fresh = maps[('label', 'target').index(shown)]
   logits = clf(x8).logits
   nonfinite = ~(
@@ -342,6 +388,15 @@ def score(
 
 
 # On the host.
+
+
+def mean_correlation(maps: np.ndarray, most: int = 200) -> float:
+  """Mean Pearson correlation between the maps of different images; flat ones are left out."""
+  flat = maps[:most].reshape(len(maps[:most]), -1)
+  flat = flat[flat.std(1) > 1e-6]
+  if len(flat) < 2:
+    return 1.0
+  return float(np.corrcoef(flat)[~np.eye(len(flat), dtype=bool)].mean())
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:

@@ -14,7 +14,9 @@ import optax
 
 from adv2_jax import losses, optimisers
 from adv2_jax.attack import Score, adv2, pgd, staged, track_best
+from adv2_jax.attack_mask import adv2_mask
 from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.masking import MaskConfig
 from adv2_jax.perturbations import linf_ball
 from adv2_jax.types import (
   Array,
@@ -41,6 +43,7 @@ class Recipe(NamedTuple):
 
 
 AUTHORS_STEP = 1 / 255
+AUTHORS_MASK = (400, 1000)  # steps on the margin, and of the alternation
 # Interpreter -> warm-up steps, and legs of (steps, λ at their start, λ at their end, distance).
 AUTHORS = {
   'cam': (400, ((1200, 5.0, 10.0),), losses.map_mse),
@@ -108,9 +111,16 @@ def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None)
 
   Sign steps of 1/255. CAM, RTS: λ from 5 to 10 on the mean of squares, the last iterate. GRAD: four
   legs of rising λ on the sum of squares, label-smoothed target, and per example the best iterate,
-  tested each 10th step on the real net, with p_t > 0.8. Other interpreters use CAM's schedule.
-  `steps_s2` shortens or stretches all legs alike.
+  tested each 10th step on the real net, with p_t > 0.8. MASK: `adv2_mask`. Other interpreters use
+  CAM's schedule. `steps_s2` shortens or stretches all legs alike.
   """
+  if name == 'mask':
+    return _authors_mask(
+      *(
+        n if given is None else given
+        for given, n in zip((steps_s1, steps_s2), AUTHORS_MASK, strict=True)
+      )
+    )
   warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
   warm = warm if steps_s1 is None else steps_s1
   total = sum(n for n, *_ in legs) if steps_s2 is None else steps_s2
@@ -137,6 +147,20 @@ def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None)
       score = closest_map(clf, interpreter, key, max_log_odds=log_odds_at_08)
       joint = track_best(joint, score, every=10, passes=interpreter.passes[0])
     return staged((pgd(clf, perturbation, tx, key=key), warm), (joint, total))
+
+  return Recipe(linf_ball, schedule)
+
+
+def _authors_mask(warm: int, total: int) -> Recipe:
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    if not isinstance(interpreter.settings, MaskConfig):
+      raise InputError("preset 'authors' for MASK needs an interpreter from interpreters.mask(…)")
+    tx = optax.sign_sgd(AUTHORS_STEP)
+    first = pgd(clf, perturbation, tx, key=key, prediction=losses.margin)
+    turns = adv2_mask(clf, interpreter.settings, perturbation, key=key, halve_at=round(0.9 * total))
+    return staged((first, warm), (turns, total))
 
   return Recipe(linf_ball, schedule)
 

@@ -31,7 +31,7 @@ import numpy as np
 from adv2_jax import images
 from adv2_jax.types import InputError
 
-ATTACKS = ('benign', 'other', 'pgd', 'adv2', 'adv2_joint')
+ATTACKS = ('benign', 'again', 'other', 'pgd', 'adv2', 'adv2_joint')
 CSV_FIELDS = (
   'id',
   'attack',

@@ -5,7 +5,7 @@ device: a loss is `[B]`, a success is `[B]`. Means and rates are made on the hos
 that are real (`Batch.is_real`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -68,9 +68,12 @@ class Interpreter(flax.struct.PyTreeNode):
     name: short name, used in files and tables.
     passes: network passes per example of one `explain`, and of one `unroll` with its gradient
       (a forward pass counts 1, its backward pass 1 more).
+    begin_passes: those of `begin`.
     exact: whether `unroll` gives the very map of `explain`, so that its value can be trusted when
       the best iterate is chosen.
     classes: those it can explain, where it was trained for some only; None: all.
+    random: whether its maps depend on the key.
+    settings: what it was built with, hashable, for recipes that need to know (MASK: `MaskConfig`).
   """
 
   params: PyTree
@@ -79,8 +82,11 @@ class Interpreter(flax.struct.PyTreeNode):
   begin_fn: Callable[..., Carry] = flax.struct.field(pytree_node=False)
   name: str = flax.struct.field(pytree_node=False, default='custom')
   passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
+  begin_passes: int = flax.struct.field(pytree_node=False, default=0)
   exact: bool = flax.struct.field(pytree_node=False, default=True)
   classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+  random: bool = flax.struct.field(pytree_node=False, default=False)
+  settings: Hashable = flax.struct.field(pytree_node=False, default=None)
 
   def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
     """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""
@@ -203,3 +209,9 @@ def example_keys(key: Key, n: int) -> Key:
   if key.ndim:
     return key
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jax.numpy.arange(n))
+
+
+def step_keys(key: Key, example_id: Array, step: int | Array) -> Key:
+  """An example's key at an attack step, [B]; its place in the batch does not matter."""
+  fold = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step)  # noqa: E731
+  return jax.vmap(fold)(example_id)

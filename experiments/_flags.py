@@ -35,24 +35,29 @@ def define_data_flags() -> None:
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
 
 
-def define_attack_flags() -> None:
-  """What is attacked, how, and where the results go."""
+def define_explain_flags() -> None:
+  """What is explained, which examples, and where the results go."""
   flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
+  flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
+  flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
+  flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
+  flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')
+  flags.DEFINE_string('workdir', None, 'Where to write; default: runs/<date-time>-<config hash>.')
+  flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
+
+
+def define_attack_flags() -> None:
+  """What is attacked, how, and where the results go."""
+  define_explain_flags()
   flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
   flags.DEFINE_string('target_label', 'random', 'random, least_likely, a class, or FILE.csv.')
   flags.DEFINE_float('epsilon', 0.031, 'L∞ radius, in units of the image range.')
-  flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
-  flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
-  flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
-  flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')
-  flags.DEFINE_string('workdir', None, 'Where to write; default: runs/<date-time>-<config hash>.')
   flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
-  flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
 
 
 def define_evaluate_flags() -> None:
@@ -119,14 +124,16 @@ def config() -> dict[str, Any]:
 
 def check(c: dict[str, Any]) -> None:
   """InputError for a number out of range or an unknown name, before anything is loaded."""
-  if not 0 < c['epsilon'] <= 1:
+  if not 0 < c.get('epsilon', 1) <= 1:
     raise InputError(f'--epsilon is {c["epsilon"]}; expected 0 < epsilon ≤ 1, such as 0.031')
-  for name in ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices'):
-    if c[name] is not None and c[name] < 1:
-      raise InputError(f'--{name} is {c[name]}; expected at least 1')
-  for name in ('steps_s1', 'skip_examples'):
-    if c[name] is not None and c[name] < 0:
-      raise InputError(f'--{name} is {c[name]}; expected 0 or more')
+  for low, names in (
+    (1, ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices')),
+    (0, ('steps_s1', 'skip_examples')),
+  ):
+    for name in names:
+      if c.get(name) is not None and c[name] < low:
+        expected = 'at least 1' if low else '0 or more'
+        raise InputError(f'--{name} is {c[name]}; expected {expected}')
   if not 0 <= c['seed'] < 2**32:
     raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
   if c['model'] not in nets.ZOO:

@@ -49,6 +49,7 @@ class Shard(NamedTuple):
   batch: Batch  # without a target map: that depends on the interpreter
   label: Array
   keys: Key
+  keys_again: Key
   mask: np.ndarray | None
 
 
@@ -238,6 +239,7 @@ def shards(setup: Setup, examples: Examples, rows: np.ndarray) -> Iterator[Shard
       batch,
       place(examples.label[padded]),
       place(metrics.judge_keys(config['seed'], ids)),
+      place(metrics.judge_keys(config['seed'], ids, again=True)),
       _masks(setup.dataset, ids, x.shape[1:3]),
     )
 

@@ -149,7 +149,7 @@ class Judge:
       'p_removed': float(true.p_removed.mean()),
       'marked': float(true.marked.mean()),
       'marked_fake': float(fake.marked.mean()),
-      'correlation': mean_correlation(np.asarray(true.map)),
+      'correlation': metrics.mean_correlation(np.asarray(true.map)),
       'presence_accuracy': float(present),
     }
 
@@ -166,15 +166,6 @@ class Judge:
           axis.imshow(picture)
           axis.set(xticks=[], yticks=[])
     return figure
-
-
-def mean_correlation(maps: np.ndarray, most: int = 200) -> float:
-  """Mean Pearson correlation between the maps of different images; flat ones are left out."""
-  flat = maps[:most].reshape(len(maps[:most]), -1)
-  flat = flat[flat.std(1) > 1e-6]
-  if len(flat) < 2:
-    return 1.0
-  return float(np.corrcoef(flat)[~np.eye(len(flat), dtype=bool)].mean())
 
 
 def localisation(maps: Map, dataset: Dataset, ids: np.ndarray) -> dict[str, float]:

@@ -5,7 +5,8 @@ Without flags: the built-in scenes and checkpoint. On ImageNet photographs, with
     python -m experiments.attack --dataset packed --data_path imagenet_val_500.npz \
       --model resnet50 --weights resnet50_imagenet.npz --interpreters cam --num_examples 32
 
-Per batch of examples and interpreter: the clean image ('benign'), another image of the same
+Per batch of examples and interpreter: the clean image ('benign'; where maps depend on random
+numbers, once more with others: 'again', the best that can be hoped for), another image of the same
 predicted class ('other', the scale of "unrelated"), plain PGD, and ADV². Each is rounded to 8 bits
 and judged by the real net and a fresh map. Results appear batch by batch; a killed run goes on with
 --resume. Files and fields: see README.
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 import tqdm
 
-from adv2_jax import api, images, metrics, presets, report
+from adv2_jax import api, images, metrics, presets, report, store
 from adv2_jax.store import (
   Workdir,
   as_records,
@@ -33,11 +34,11 @@ from adv2_jax.store import (
   image_folder,
   map_folder,
 )
-from adv2_jax.types import Array, InputError, Map
+from adv2_jax.types import Array, InputError, Interpreter, Key, Map
 from experiments import _flags, _setup, _targets
 
-ATTACKS = ('benign', 'other', 'pgd', 'adv2')
-NOT_PERTURBED = ('benign', 'other')
+NOT_PERTURBED = ('benign', 'again', 'other')
+NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score, static_argnames='shown')
 two_class_maps = jax.jit(metrics.two_class_maps)
 
@@ -66,6 +67,11 @@ class Stopwatch:
     }
 
 
+def attacks_on(interpreter: Interpreter) -> tuple[str, ...]:
+  """The rows of a table for this interpreter."""
+  return tuple(a for a in store.ATTACKS[:5] if a != 'again' or interpreter.random)
+
+
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   """The schedule of an attack on an interpreter."""
   if attack == 'pgd':
@@ -88,7 +94,8 @@ class Run(NamedTuple):
     """All that is missing of one batch: attacked, judged and written."""
     plain = None  # PGD does not depend on the interpreter: one image serves all
     for name, interpreter in self.setup.interpreters.items():
-      missing = [a for a in ATTACKS if not set(shard.id.tolist()) <= self.done[a, name]]
+      ids = set(shard.id.tolist())
+      missing = [a for a in attacks_on(interpreter) if not ids <= self.done[a, name]]
       if not missing:
         continue
       clean = two_class_maps(
@@ -97,13 +104,16 @@ class Run(NamedTuple):
       wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
       wanted = jax.device_put(wanted, shard.label.sharding)
       judge = functools.partial(self.judge, shard, name, wanted, clean)
-      judge('benign', shard.batch.x)
+      judge('benign', shard.batch.x, maps=clean)
+      if 'again' in missing:
+        judge('again', shard.batch.x, keys=shard.keys_again)
       judge('other', self.others(shard))
       if 'pgd' in missing:
         plain = plain or self.attack(shard, 'pgd', name, None)
-        judge('pgd', *plain)
+        judge('pgd', plain[0], extras=plain[1])
       if 'adv2' in missing:
-        judge('adv2', *self.attack(shard, 'adv2', name, wanted))
+        x8, extras = self.attack(shard, 'adv2', name, wanted)
+        judge('adv2', x8, extras=extras)
 
   def others(self, shard: _setup.Shard) -> Array:
     """The images of `shard.other`; the example itself where there is none."""
@@ -153,10 +163,13 @@ class Run(NamedTuple):
     clean: Map,
     attack: str,
     x8: Array,
+    *,
+    maps: Array | None = None,
+    keys: Key | None = None,
     extras: dict[str, Any] | None = None,
   ) -> None:
     """Scores 8-bit images and writes those examples that are not done yet."""
-    scores, maps = score(
+    scores, fresh = score(
       self.setup.clf,
       self.setup.interpreters[name],
       shard.batch.x,
@@ -164,20 +177,22 @@ class Run(NamedTuple):
       shard.label,
       shard.batch.target,
       wanted,
-      shard.keys,
+      shard.keys if keys is None else keys,
       epsilon=self.setup.config['epsilon'],
       mask=shard.mask,
       clean_maps=clean,
+      maps=maps,
       shown='label' if attack in NOT_PERTURBED else 'target',
     )
     keep = shard.is_real & ~np.isin(shard.id, list(self.done[attack, name]))
-    arrays = {map_folder(attack, name): maps, image_folder(attack, name): images.to_uint8(x8)}
+    arrays = {map_folder(attack, name): fresh, image_folder(attack, name): images.to_uint8(x8)}
     if attack == 'benign':
       arrays[map_folder('target', name)] = wanted
       if shard.mask is not None:
         arrays['masks'] = shard.mask * np.uint8(255)
     if attack == 'other':
       keep &= shard.other >= 0
+    if attack in NOT_KEPT:
       arrays = {}
       scores = {k: v for k, v in scores.items() if k not in ('linf', 'l2', 'out_of_set')}
     elif (left := np.asarray(scores['out_of_set']) & shard.is_real).any():
@@ -193,8 +208,8 @@ class Run(NamedTuple):
 
 def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[dict[str, Any]]:
   """The rows of metrics.json: one per interpreter and attack."""
-  for name in setup.interpreters:
-    for attack in ATTACKS:
+  for name, interpreter in setup.interpreters.items():
+    for attack in attacks_on(interpreter):
       found = workdir.shards(attack, name)
       spent = {
         field: combine(shard.get(field, 0) for shard in found) if found else None
@@ -275,7 +290,11 @@ def run(config: dict[str, Any]) -> Workdir:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
   workdir = Workdir.create(path, config, resume)
-  done = {(a, name): workdir.done(a, name) for a in ATTACKS for name in setup.interpreters}
+  done = {
+    (attack, name): workdir.done(attack, name)
+    for name, interpreter in setup.interpreters.items()
+    for attack in attacks_on(interpreter)
+  }
   # 'other' is left out: an example without another of its class never gets that record.
   whole = set.intersection(*(ids for (a, _), ids in done.items() if a != 'other'))
   for name in setup.interpreters:

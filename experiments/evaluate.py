@@ -5,8 +5,8 @@ From metrics.json it takes the configuration, rebuilds classifier and interprete
 Then it compares with examples.csv, with the stored maps and with the rows of metrics.json, prints
 the table, and exits with 0 if all agree, else with 1 and the first disagreement.
 
-The 'other' rows are left out, for the images they were made from are not kept; and so are pointing
-game and energy inside, unless masks/ is there.
+The rows 'again' and 'other' are left out, for their maps and images are not kept; and so are
+pointing game and energy inside, unless masks/ is there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
   rows = []
   for name, interpreter in built.items():
     attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]
-    found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a != 'other'}
+    found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in attack.NOT_KEPT}
     for kind in found:
       ids = [i for a, n, i in results.examples if (a, n) == (kind, name)]
       for batch in _batches(sorted(ids), results.config['batch_size']):

@@ -21,6 +21,7 @@ from parity.weights import numpy_weights
 
 from adv2_jax import checkpoints, data, interpreters, metrics, nets, presets
 from adv2_jax.images import encode_png, from_uint8
+from adv2_jax.interpreters import masking
 from adv2_jax.types import InputError
 from experiments import _flags, _setup, _targets, attack, evaluate
 
@@ -191,6 +192,26 @@ def test_evaluate_agrees_with_the_run_and_sees_a_forged_figure(finished, tmp_pat
   (tmp_path / 'run/metrics.json').write_text(json.dumps(result))
   with pytest.raises(InputError, match=r'benign/grad: mc is None, metrics\.json says 0\.9'):
     evaluate.rescore(str(tmp_path / 'run'))
+
+
+def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch):
+  """The clean image explained with another key; evaluate re-scores what is kept."""
+  quick = masking.CIFAR._replace(steps=8, area=0.0)  # this net is never sure enough for an area
+  monkeypatch.setattr(masking, 'CIFAR', quick)
+  interpreters._build.cache_clear()
+  try:
+    path = run(victim, tmp_path / 'run', interpreters=['mask'], num_examples=2)
+    assert len(evaluate.rescore(str(path))) == 3
+  finally:
+    interpreters._build.cache_clear()
+  rows = {row['attack']: row for row in rows_of(path)}
+  assert list(rows) == ['benign', 'again', 'other', 'pgd', 'adv2']
+  assert rows['benign']['map_l1_all'] == 0 < rows['again']['map_l1_all'] < 0.3
+  # 4 steps with 4 masks each; the path before them; the last iterate's check.
+  assert rows['adv2']['network_passes'] == 2 * 8 + 1 + 4 * 14 + 7
+  for kind in ('target', 'benign', 'pgd', 'adv2'):
+    assert np.load(path / f'maps/{kind}/mask/000002.npy').shape == (8, 8)
+  assert not (path / 'maps/again').exists()
 
 
 def test_each_line_of_examples_csv_is_true(finished, victim):

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +128,23 @@ def test_the_solution_is_no_worse_than_start_neighbours_and_extremes():
     assert (best <= objective(CLF, other, X, Y, SMALL) + 1e-4).all()
 
 
+def test_the_fast_solver_gets_as_low_with_a_quarter_of_the_iterations():
+  config = SMALL._replace(steps=300, jitter=2)
+  found = {}
+  for c in (config, M.fast(config)):
+    m = solve(CLF, X, Y, KEYS, c).mask
+    found[c.steps] = float(objective(CLF, m, X, Y, config).mean())
+  assert list(found) == [300, 75]
+  assert found[75] < 1.005 * found[300], found
+
+
+def test_a_falling_rate_ends_at_zero():
+  config = SMALL._replace(steps=9, decay=True)
+  at_the_end, after = (solve(CLF, X, Y, KEYS, config, steps=n) for n in (9, 15))
+  np.testing.assert_array_equal(after.mask, at_the_end.mask)
+  assert np.abs(at_the_end.mask - solve(CLF, X, Y, KEYS, config, steps=5).mask).max() > 1e-3
+
+
 def test_solving_in_two_parts_is_solving_at_once():
   whole = solve(CLF, X, Y, KEYS, SMALL, steps=12)
   half = solve(CLF, X, Y, KEYS, SMALL, steps=5)
@@ -154,6 +172,34 @@ def test_the_solver_s_derivative_against_finite_differences():
     predicted = [float(jnp.vdot(g, d)) for d in directions]
   assert np.linalg.norm(predicted) > 0
   np.testing.assert_allclose(predicted, measured, rtol=1e-3)
+
+
+def test_the_hyper_gradient_of_the_solution_against_finite_differences():
+  """∂/∂x of the distance of the solved map, through all of the solver's iterations.
+
+  On a smooth net: kinks would forbid steps long enough to rise above what 40 iterations make of
+  the rounding.
+  """
+  config, step = SMALL._replace(area=3e-3), 1e-5
+  with jax.enable_x64(True):
+    smooth = tiny.classifier(act=nn.softplus)
+    clf, x = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (smooth, X))
+    wanted = jnp.asarray(np.random.RandomState(0).rand(3, 4, 4))
+
+    @jax.jit
+    def solved(clf, x):
+      return jnp.sum((1 - M.solve(clf, x, Y, KEYS, config).mask - wanted) ** 2)
+
+    g = jax.jit(jax.grad(solved, argnums=1))(clf, x)
+    rng = np.random.RandomState(1)
+    directions = [jnp.asarray(rng.randn(*g.shape)) for _ in range(12)]
+    measured = np.array(
+      [float(solved(clf, x + step * d) - solved(clf, x - step * d)) / 2 / step for d in directions]
+    )
+    predicted = np.array([float(jnp.vdot(g, d)) for d in directions])
+  norms = np.linalg.norm(predicted), np.linalg.norm(measured)
+  assert min(norms) > 0.1
+  assert predicted @ measured / np.prod(norms) > 0.99
 
 
 # --- what the attack imitates ---------------------------------------------------------------------

@@ -437,3 +437,36 @@ def test_aggregate_ignores_order(values, random):
   rows = [row(*v) for v in values]
   shuffled = random.sample(rows, len(rows))
   assert metrics.aggregate(rows) == metrics.aggregate(shuffled)
+
+
+# What a map is worth.
+
+
+def test_faithfulness_of_maps_that_mark_all_nothing_and_the_decisive_place():
+  """The classifier sees whether the upper left corner has contrast; blurring takes that away."""
+
+  def contrast(w, x, act=None):
+    corner = x[:, :6, :6].std((1, 2, 3))
+    return types.Outputs(w * jnp.stack([corner - 0.15, 0 * corner], axis=-1), {'features': x})
+
+  clf = classifier.from_fn(
+    jnp.float32(40.0), contrast, lambda w, a: contrast(w, a).logits, contrast
+  )
+  checks = np.indices((32, 32)).sum(0) % 2
+  x = jnp.broadcast_to(jnp.float32(checks)[None, :, :, None], (3, 32, 32, 3))
+  y = jnp.zeros(3, jnp.int32)
+  maps = jnp.zeros((3, 8, 8)).at[1].set(1).at[2, :3, :3].set(1)
+  found = jax.jit(metrics.faithfulness)(clf, x, y, maps, jax.random.key(0))
+  np.testing.assert_allclose(found['marked'], [0, 1, 9 / 64])
+  np.testing.assert_allclose(found['p_removed'], [1, 0, 0], atol=0.01)
+  np.testing.assert_allclose(found['p_random'], [1, 0, 1], atol=0.01)
+  np.testing.assert_allclose(found['p_kept'], [0, 1, 1], atol=0.01)
+
+
+def test_correlation_between_the_maps_of_different_images():
+  a, b = pair(5)
+  flat = np.concatenate([a, b]).reshape(6, -1)
+  pairs = [scipy.stats.pearsonr(p, q)[0] for i, p in enumerate(flat) for q in flat[:i]]
+  maps = np.concatenate([a, b, np.ones((1, 7, 7), np.float32)])  # a flat one is left out
+  np.testing.assert_allclose(metrics.mean_correlation(maps), np.mean(pairs), rtol=1e-4)
+  assert metrics.mean_correlation(maps[-1:]) == 1

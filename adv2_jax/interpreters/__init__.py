@@ -8,7 +8,8 @@ from adv2_jax.interpreters.base import avg_pool, from_map, min_max
 from adv2_jax.interpreters.cam import cam, grad_cam
 from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
 from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
-from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective
+from adv2_jax.interpreters.masking import SCENES as SCENES_MASK
+from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective, usual
 from adv2_jax.interpreters.rts import Decoder, rts
 from adv2_jax.types import InputError, Interpreter
 
@@ -19,6 +20,7 @@ FACTORIES: dict[str, Callable[..., Interpreter]] = {
   'input_x_gradient': input_x_gradient,
   'integrated_gradients': integrated_gradients,
   'smooth_grad': smooth_grad,
+  'mask': mask,
 }
 NAMES = (*FACTORIES, 'rts')  # RTS is trained: `build` needs its decoder
 
@@ -47,6 +49,8 @@ def _build(name: str, image_size: int, form: str) -> Interpreter:
   options: dict[str, Any] = {'pool': 4 if image_size > 64 else 2} if takes_pool else {}
   if name == 'grad':
     options['form'] = form
+  if name == 'mask':
+    options['config'] = usual(image_size)
   return FACTORIES[name](**options)
 
 
@@ -54,6 +58,7 @@ __all__ = [
   'CIFAR_MASK',
   'FACTORIES',
   'NAMES',
+  'SCENES_MASK',
   'Decoder',
   'MaskConfig',
   'avg_pool',

@@ -139,4 +139,4 @@ def smooth_grad(
     return min_max(avg_pool(total / samples, pool)), forward(x)
 
   passes = (2 * samples + 1, 6 * samples + 2)
-  return _smoothed(formula, 'smooth_grad', passes, tau, 'printed')
+  return _smoothed(formula, 'smooth_grad', passes, tau, 'printed').replace(random=True)

@@ -1,0 +1,152 @@
+r"""Judges interpreters on clean images: `python -m experiments.explain`.
+
+    python -m experiments.explain --interpreters grad,cam,mask --num_examples 500
+
+For the first N images that the classifier gets right and their true class: does the map point at
+the object (where the data has masks or boxes), is it faithful (what the class loses when the marked
+part is blurred, beside a part elsewhere of the same shape), and how alike are the maps of different
+images? Writes explain.json, maps.csv (one line per image and interpreter) and figures/maps.png.
+"""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from adv2_jax import figures, images, metrics, overlay
+from adv2_jax.classifier import Classifier
+from adv2_jax.store import check_workdir, default_workdir, plain, writing
+from adv2_jax.types import Array, Image, Interpreter, Key, Label, Map
+from experiments import _flags, _setup, attack
+
+FIELDS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept', 'pointing_game', 'energy_inside')
+SMALL = 0.6  # an object that covers more of the image than this is hard to miss
+_SHOWN = 6
+
+
+@jax.jit
+def look(
+  clf: Classifier, interpreter: Interpreter, x: Image, y: Label, keys: Key, mask: Array | None
+) -> tuple[Map, dict[str, Array]]:
+  """The maps of class y and their figures, [B] each."""
+  maps = interpreter.explain(clf, x, y, keys)
+  found = metrics.faithfulness(clf, x, y, maps, keys)
+  found['p'] = metrics.confidence(clf(x).logits, y)
+  if mask is not None:
+    found['pointing_game'] = metrics.pointing_game(maps, mask)
+    found['energy_inside'] = metrics.energy_inside(maps, mask)
+    found['object'] = mask.mean((1, 2))
+  return maps, found
+
+
+def summary(name: str, maps: np.ndarray, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Means over the images, also over those of small objects; medians beside some."""
+  row: dict[str, Any] = {'interpreter': name, 'n': len(maps)}
+  row['correlation'] = metrics.mean_correlation(maps)
+  for field in FIELDS:
+    if field in found:
+      row[field] = _mean(found[field])
+    if field in found and field.startswith(('p_', 'marked')):
+      row[f'{field}_median'] = float(np.median(found[field]))
+  if 'object' in found:
+    small = (found['object'] < SMALL) & (found['object'] > 0)
+    row['n_small'] = int(small.sum())
+    for field in ('pointing_game', 'energy_inside'):
+      row[f'{field}_small'] = _mean(found[field][small])
+  return row
+
+
+def _mean(values: np.ndarray) -> float | None:
+  """The mean of those that are numbers; None where there are none."""
+  values = values[np.isfinite(values)]
+  return float(values.mean()) if len(values) else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """The rows as a markdown table."""
+  fields = ['correlation', *FIELDS]
+  fields = ['n', *(f for f in fields if f in rows[0]), 'pointing_game_small', 'p_removed_median']
+  fields = [f for f in fields if f in rows[0]]
+  lines = ['| interpreter | ' + ' | '.join(fields) + ' |', '|---' * (len(fields) + 1) + '|']
+  for row in rows:
+    cells = ['–' if row[f] is None else f'{row[f]:.3f}'.removesuffix('.000') for f in fields]
+    lines.append(f'| {row["interpreter"]} | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def run(flags: dict[str, Any]) -> pathlib.Path:
+  """The whole command, once the flags are known."""
+  _flags.check(flags)
+  config = flags | {'target_label': 'random', 'target_map': 'benign'}
+  path = pathlib.Path(flags['workdir'] or default_workdir(flags))
+  check_workdir(path, flags, resume=False)
+  setup = _setup.load(config)
+  examples = _setup.select(setup)
+  seen: dict[str, list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {}
+  first: list[np.ndarray] = []  # images to be shown
+  with tqdm.tqdm(total=len(examples.id) * len(setup.interpreters), unit='map') as bar:
+    for shard in _setup.shards(setup, examples, np.arange(len(examples.id))):
+      real = shard.is_real
+      if len(first) < _SHOWN:
+        first.extend(np.asarray(images.to_uint8(shard.batch.x))[real])
+      for name, interpreter in setup.interpreters.items():
+        bar.set_postfix_str(name)
+        found = look(setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask)
+        found = jax.tree.map(lambda v, keep=real: np.asarray(v)[keep], found)
+        seen.setdefault(name, []).append(found)
+        bar.update(int(real.sum()))
+  shown = np.stack(first[:_SHOWN])
+  rows, lines, columns = [], [], [panels(shown, None)]
+  for name, parts in seen.items():
+    maps, found = jax.tree.map(lambda *v: np.concatenate(v), *parts)
+    rows.append(summary(name, maps, found))
+    lines += [
+      {'id': int(i), 'interpreter': name} | {k: float(v[n]) for k, v in found.items()}
+      for n, i in enumerate(examples.id)
+    ]
+    columns.append(panels(shown, maps))
+  report = {'config': flags, 'environment': attack.environment(config), 'rows': rows}
+  write(path, report, lines, ['image', *seen], list(zip(*columns, strict=True)))
+  print(table(rows))
+  print(path)
+  return path
+
+
+def panels(x: np.ndarray, maps: np.ndarray | None) -> list[figures.Panel]:
+  """The first images, with their maps where given."""
+  drawn = x if maps is None else overlay(images.from_uint8(x), maps[: len(x)])
+  return [figures.Panel(image, '') for image in drawn]
+
+
+def write(
+  path: pathlib.Path,
+  report: dict[str, Any],
+  lines: list[dict[str, Any]],
+  columns: list[str],
+  pictures: list[tuple[figures.Panel, ...]],
+) -> None:
+  """The files, each by an atomic rename."""
+  with figures.style():
+    drawn = io.BytesIO()
+    figures.gallery('Maps of the true class', columns, pictures).savefig(drawn, format='png')
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(lines[0]))
+  writer.writeheader()
+  writer.writerows(lines)
+  with writing(path, 'make room there, or choose another --workdir'):
+    (path / 'figures').mkdir(parents=True, exist_ok=True)
+    images.write_atomic(path / 'figures/maps.png', drawn.getvalue())
+    images.write_atomic(path / 'maps.csv', text.getvalue().encode())
+    images.write_atomic(path / 'explain.json', json.dumps(plain(report), indent=2).encode())
+
+
+if __name__ == '__main__':
+  _flags.define_data_flags()
+  _flags.define_explain_flags()
+  _flags.start(run)
