@@ -58,8 +58,9 @@ def adv2_mask(
   """The alternating attack on classifier and MASK; delivers the best of the renewed solutions.
 
   Differs from the authors' code: x is rounded to 8 bits, not truncated; each example has its own
-  step (theirs is one for the batch, and asks the sum of margins to stay below −10); x is kept in
-  P(x0) after both of its moves.
+  step (theirs is one for the batch, and asks the sum of margins to stay below −10, or −5 for shape
+  targets); x is kept in P(x0) after both of its moves; of the renewed solutions that are successes
+  the one of smallest √mse to the target map is delivered. m follows at the solver's first rate.
 
   Args:
     clf: the classifier f.
@@ -74,13 +75,14 @@ def adv2_mask(
     looks: iterations of m in 3 and in 4.
     renew: steps between fresh solutions.
   """
+  follow = config._replace(decay=False)  # at the end of a falling rate nothing would move
 
   def margin(x: Image, batch: Batch) -> tuple[Array, Array]:
     logits = clf(x).logits
     return losses.margin(logits, batch.target), logits
 
   def iterate(m: MaskState, x: Image, batch: Batch, keys: Key) -> MaskState:
-    return masking.solver_step(clf, m, x, batch.target, keys, config)
+    return masking.solver_step(clf, m, x, batch.target, keys, follow)
 
   def look(m: MaskState, x: Image, batch: Batch, keys: Key) -> tuple[MaskState, Array]:
     """`looks` iterations that l_int can be differentiated through, and the distance of each [B].
@@ -110,7 +112,7 @@ def adv2_mask(
     distance = losses.map_rms(1 - fresh.mask, batch.target_map)
     score = jnp.where(missed < 0, distance, 1e6 + missed)
     best = where(score < state.score, (delta, score), (state.delta, state.score))
-    inner = _held(inner, inner._replace(delta=delta, carry=_shortened(fresh)))
+    inner = _held(inner, inner._replace(delta=delta, carry=_shortened(fresh, follow)))
     return BestState(inner, *best)
 
   def step(batch: Batch, state: BestState) -> tuple[BestState, Snapshot]:
@@ -118,7 +120,9 @@ def adv2_mask(
       state.inner.step % renew == 0, lambda s: solved(s, batch), lambda s: s, state
     )
     inner = state.inner
-    x0, target_keys = batch.x, step_keys(key, batch.example_id, inner.step)
+    # Beyond those that a solution afresh draws its jitter from.
+    x0 = batch.x
+    keys = _fold(step_keys(key, batch.example_id, inner.step), config.steps)
     scale = min(1.0, (x0[0].size / PIXELS) ** 0.5)
     longest = map_step * scale * jnp.where(inner.step >= halve_at, 0.5, 1.0)
 
@@ -132,11 +136,9 @@ def adv2_mask(
     (l_prd, logits), pull = _with_gradient(lambda v: margin(v, batch), x)
     x = move(x, prediction_step * scale, _unit(pull))
     # 3. the mask follows
-    m = jax.lax.fori_loop(
-      0, looks, lambda i, m: iterate(m, x, batch, _fold(target_keys, i)), inner.carry
-    )
+    m = jax.lax.fori_loop(0, looks, lambda i, m: iterate(m, x, batch, _fold(keys, i)), inner.carry)
     # 4. and looks ahead
-    (l_int, m), pull = _with_gradient(lambda v: look(m, v, batch, target_keys)[::-1], x)
+    (l_int, m), pull = _with_gradient(lambda v: look(m, v, batch, keys)[::-1], x)
     # 5. towards the target map, as far as the class allows
     direction = _unit(pull)
 
@@ -158,7 +160,7 @@ def adv2_mask(
     masking.check_fits(config, *batch.x.shape[1:3])
     if delta is None:
       delta = perturbation.init(batch.x, step_keys(key, batch.example_id, 0))
-    m = masking.start(config, len(batch.x))
+    m = masking.start(follow, len(batch.x))
     inner = AttackState(delta, (), m, ~batch.is_real, jnp.int32(0))
     return BestState(inner, delta, jnp.full(len(batch.x), jnp.inf))
 
@@ -178,23 +180,22 @@ def _held(old: AttackState, new: AttackState) -> AttackState:
   return new._replace(delta=kept[0], carry=kept[1])
 
 
-def _shortened(m: MaskState) -> MaskState:
+def _shortened(m: MaskState, config: MaskConfig) -> MaskState:
   """Adam's mean halved, its variance quartered, its count at 100: warm, but not set in its ways.
 
-  The first, cold iteration of Adam is lr · sign(g), which has no derivative to speak of.
+  The first, cold iteration of Adam is lr · sign(g), which has no derivative to speak of. The state
+  is one for `config`, whose rate may be another than that of the solver that left m.
   """
-
-  def shorten(node: PyTree) -> PyTree:
-    if not isinstance(node, optax.ScaleByAdamState):
-      return node
-    half, quarter = (
-      jax.tree.map(lambda v, f=f: f * v, moments)
-      for f, moments in ((0.5, node.mu), (0.25, node.nu))
-    )
-    return optax.ScaleByAdamState(jnp.full_like(node.count, 100), half, quarter)
-
   is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
-  return m._replace(opt_state=jax.tree.map(shorten, m.opt_state, is_leaf=is_adam))
+  (old,) = filter(is_adam, jax.tree.leaves(m.opt_state, is_leaf=is_adam))
+  warm = optax.ScaleByAdamState(
+    jnp.full_like(old.count, 100),
+    jax.tree.map(lambda v: v / 2, old.mu),
+    jax.tree.map(lambda v: v / 4, old.nu),
+  )
+  fresh = masking.start(config, len(m.mask)).opt_state
+  put = lambda node: warm if is_adam(node) else node  # noqa: E731
+  return MaskState(m.mask, jax.tree.map(put, fresh, is_leaf=is_adam))
 
 
 def _with_gradient(
@@ -212,8 +213,10 @@ def _with_gradient(
 
 def _unit(v: Array) -> Array:
   """v / ‖v‖₂ per example; 0 stays 0."""
+  largest = jnp.max(jnp.abs(v), axis=(1, 2, 3), keepdims=True)
+  v = v / jnp.where(largest > 0, largest, 1)  # or the squares of small values would be 0
   norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3), keepdims=True))
-  return v / jnp.maximum(norm, 1e-30)
+  return v / jnp.maximum(norm, 1)
 
 
 def _fold(keys: Key, i: int | Array) -> Key:

@@ -346,7 +346,9 @@ def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
     raise StoreError(f'{path} {otherwise} ({error})') from None
 
 
-def check_workdir(path: str | os.PathLike, config: Mapping[str, Any], resume: bool) -> None:
+def check_workdir(
+  path: str | os.PathLike, config: Mapping[str, Any], resume: bool, remedy: str | None = None
+) -> None:
   """Whether `Workdir.create` would take the directory; nothing is written.
 
   To be asked before any work, while `create` comes once nothing else can be refused.
@@ -356,15 +358,13 @@ def check_workdir(path: str | os.PathLike, config: Mapping[str, Any], resume: bo
       changes results differs, or what is there is no run; it cannot be written.
   """
   path = pathlib.Path(path)
-  with writing(path):
+  with writing(path, remedy or RESUME):
     if path.exists() and not path.is_dir():
       raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
     if path.exists() and any(not p.name.startswith('.') for p in path.iterdir()):
       if not resume:
-        raise StoreError(
-          f'workdir {path} is not empty; go on with that run by --resume, '
-          'or choose another --workdir'
-        )
+        remedy = remedy or 'go on with that run by --resume, or choose another --workdir'
+        raise StoreError(f'workdir {path} is not empty; {remedy}')
       _refuse_other_config(path, plain(config))
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     tempfile.TemporaryFile(dir=there).close()

@@ -155,11 +155,11 @@ def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]
     yield from zip(some.tolist(), best, worst, strict=True)
 
 
-def select(setup: Setup) -> Examples:
+def select(setup: Setup, attacked: bool = True) -> Examples:
   """The first N examples, in data-set order, that are classified correctly and have a target.
 
   All other images up to the last one are counted as skipped: misclassified, damaged, or of the very
-  class that is the `--target_label`.
+  class that is the `--target_label`. `attacked`: the targets are to be explained, too.
   """
   c, true, target_of = setup.config, setup.dataset.labels, setup.target_of
   chosen: list[int] = []
@@ -185,7 +185,8 @@ def select(setup: Setup) -> Examples:
       met[label].append(other)
   for interpreter in setup.interpreters.values():
     validate.explicable(true[chosen], interpreter, 'label', chosen)
-    validate.explicable(targets, interpreter, 'target (see --target_label)', chosen)
+    if attacked:
+      validate.explicable(targets, interpreter, 'target (see --target_label)', chosen)
   others = [_next(met[int(true[i])], i) for i in chosen]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':

@@ -6,10 +6,10 @@ Without flags: the built-in scenes and checkpoint. On ImageNet photographs, with
       --model resnet50 --weights resnet50_imagenet.npz --interpreters cam --num_examples 32
 
 Per batch of examples and interpreter: the clean image ('benign'; where maps depend on random
-numbers, once more with others: 'again', the best that can be hoped for), another image of the same
-predicted class ('other', the scale of "unrelated"), plain PGD, and ADV². Each is rounded to 8 bits
-and judged by the real net and a fresh map. Results appear batch by batch; a killed run goes on with
---resume. Files and fields: see README.
+numbers, once more with others: 'again', as close as one may hope to keep a benign map), another
+image of the same predicted class ('other', the scale of "unrelated"), plain PGD, and ADV². Each is
+rounded to 8 bits and judged by the real net and a fresh map. Results appear batch by batch; a
+killed run goes on with --resume. Files and fields: see README.
 """
 
 import contextlib
@@ -69,7 +69,9 @@ class Stopwatch:
 
 def attacks_on(interpreter: Interpreter) -> tuple[str, ...]:
   """The rows of a table for this interpreter."""
-  return tuple(a for a in store.ATTACKS[:5] if a != 'again' or interpreter.random)
+  return tuple(
+    a for a in store.ATTACKS if a != 'adv2_joint' and (a != 'again' or interpreter.random)
+  )
 
 
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
@@ -104,10 +106,12 @@ class Run(NamedTuple):
       wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
       wanted = jax.device_put(wanted, shard.label.sharding)
       judge = functools.partial(self.judge, shard, name, wanted, clean)
-      judge('benign', shard.batch.x, maps=clean)
+      if 'benign' in missing:
+        judge('benign', shard.batch.x, maps=clean)
       if 'again' in missing:
         judge('again', shard.batch.x, keys=shard.keys_again)
-      judge('other', self.others(shard))
+      if 'other' in missing:
+        judge('other', self.others(shard))
       if 'pgd' in missing:
         plain = plain or self.attack(shard, 'pgd', name, None)
         judge('pgd', plain[0], extras=plain[1])

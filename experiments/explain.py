@@ -4,8 +4,9 @@ r"""Judges interpreters on clean images: `python -m experiments.explain`.
 
 For the first N images that the classifier gets right and their true class: does the map point at
 the object (where the data has masks or boxes), is it faithful (what the class loses when the marked
-part is blurred, beside a part elsewhere of the same shape), and how alike are the maps of different
-images? Writes explain.json, maps.csv (one line per image and interpreter) and figures/maps.png.
+part is blurred, beside a part elsewhere of the same shape; MASK minimises that very figure), and
+how alike are the maps of different images? Writes explain.json, maps.csv (one line per image and
+interpreter) and figures/maps.png.
 """
 
 import csv
@@ -85,9 +86,9 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   _flags.check(flags)
   config = flags | {'target_label': 'random', 'target_map': 'benign'}
   path = pathlib.Path(flags['workdir'] or default_workdir(flags))
-  check_workdir(path, flags, resume=False)
+  check_workdir(path, flags, resume=False, remedy='choose another --workdir')
   setup = _setup.load(config)
-  examples = _setup.select(setup)
+  examples = _setup.select(setup, attacked=False)
   seen: dict[str, list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {}
   first: list[np.ndarray] = []  # images to be shown
   with tqdm.tqdm(total=len(examples.id) * len(setup.interpreters), unit='map') as bar:

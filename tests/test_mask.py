@@ -200,6 +200,7 @@ def test_the_hyper_gradient_of_the_solution_against_finite_differences():
   norms = np.linalg.norm(predicted), np.linalg.norm(measured)
   assert min(norms) > 0.1
   assert predicted @ measured / np.prod(norms) > 0.99
+  assert norms[0] / norms[1] == pytest.approx(1, abs=0.02)
 
 
 # --- what the attack imitates ---------------------------------------------------------------------

@@ -47,7 +47,7 @@ class MaskConfig(NamedTuple):
     start: m before the first iteration.
     steps: Adam iterations.
     learning_rate: of Adam.
-    decay: whether the learning rate falls to 0 over the iterations, as a cosine; `fast` uses it.
+    decay: whether the learning rate falls to 0 over the iterations, as a cosine.
   """
 
   size: int = 28
@@ -86,7 +86,7 @@ def fast(config: MaskConfig) -> MaskConfig:
 
 
 def usual(image_size: int) -> MaskConfig:
-  """The settings for images of that side: the published ones at 224 and 32 px, ours between."""
+  """The settings for images of that side: CIFAR's up to 32 px, `SCENES` up to 64, else 224 px's."""
   return CIFAR if image_size <= 32 else SCENES if image_size <= 64 else MaskConfig()
 
 
