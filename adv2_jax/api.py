@@ -114,8 +114,8 @@ def attack_batch(
   """
   fixed = _Fixed(clf, interpreter, jnp.float32(epsilon), key, batch)
   schedule = _schedule(recipe, fixed)
-  total = sum(steps for _, steps in schedule)
-  delta, seen, evaluations, passes = None, [], 0, 0
+  total = sum(attack.evaluations(steps) for attack, steps in schedule)
+  delta, seen, earlier, passes = None, [], 0, 0
   for stage, (attack, steps) in enumerate(schedule):
     if not steps:
       continue
@@ -123,13 +123,15 @@ def attack_batch(
     while step < steps:
       n = min(every, steps - step)
       state, (terms, hit, finished) = _chunk(recipe, stage, fixed, state, n)
-      step, evaluations = step + n, evaluations + n
+      step += n
+      evaluations = earlier + attack.evaluations(step)
       seen.append((evaluations, passes + attack.passes(step), *jax.device_get((terms, hit))))
       if on_chunk:
         on_chunk(evaluations, total, seen[-1][-1])
       if finished:
         break
     delta = _result(recipe, stage, fixed, state)
+    earlier += attack.evaluations(step)
     passes += attack.passes(step) + attack.result_passes
   history = History(*jax.tree.map(lambda *v: np.stack(v), *seen))
   history.passes[-1] = passes

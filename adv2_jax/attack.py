@@ -189,7 +189,7 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: int = 0)
 
   spent = lambda n: attack.passes(n) + n // every * passes  # noqa: E731
   forward = (attack.passes(2) - attack.passes(1)) // 2
-  return Attack(init, step, result, spent, forward + passes)
+  return Attack(init, step, result, spent, forward + passes, attack.evaluations)
 
 
 def staged(*stages: tuple[Attack, int]) -> Schedule:

@@ -171,7 +171,7 @@ def adv2_mask(
   each = 2 + 2 * looks + 6 * looks + halvings
   renewal = 2 * config.steps + 1
   spent = lambda n: n * each + -(-n // renew) * renewal  # noqa: E731
-  return Attack(init, step, result, spent, renewal)
+  return Attack(init, step, result, spent, renewal, lambda n: 2 * n)  # margin and l_int
 
 
 def _held(old: AttackState, new: AttackState) -> AttackState:

@@ -172,6 +172,7 @@ class Attack(NamedTuple):
     result: (batch, state) -> delta, what the attack delivers after its last step.
     passes: n -> network passes per example of the first n steps; for the accounts.
     result_passes: those of `result`.
+    evaluations: n -> gradients of a loss by the image in the first n steps; for the accounts.
   """
 
   init: Callable[[Batch, PyTree | None], Any]
@@ -179,6 +180,7 @@ class Attack(NamedTuple):
   result: Callable[[Batch, Any], PyTree]
   passes: Callable[[int], int] = lambda n: 2 * n
   result_passes: int = 0
+  evaluations: Callable[[int], int] = lambda n: n
 
 
 Schedule = tuple[tuple[Attack, int], ...]  # stages: an attack and its number of steps
