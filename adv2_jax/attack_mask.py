@@ -35,6 +35,7 @@ from adv2_jax.types import (
   PyTree,
   Snapshot,
   Terms,
+  fold_keys,
   step_keys,
 )
 
@@ -94,7 +95,7 @@ def adv2_mask(
     @jax.checkpoint  # or each iteration's activations of the whole net would be kept
     def one(m: MaskState, i: Array) -> tuple[MaskState, Array]:
       m = m._replace(mask=jax.lax.stop_gradient(m.mask))
-      m = iterate(m, x, batch, _fold(keys, looks + i))
+      m = iterate(m, x, batch, fold_keys(keys, looks + i))
       return m, losses.map_sse(1 - m.mask, batch.target_map)
 
     m, distances = jax.lax.scan(one, m, jnp.arange(looks))
@@ -122,7 +123,7 @@ def adv2_mask(
     inner = state.inner
     # Beyond those that a solution afresh draws its jitter from.
     x0 = batch.x
-    keys = _fold(step_keys(key, batch.example_id, inner.step), config.steps)
+    keys = fold_keys(step_keys(key, batch.example_id, inner.step), config.steps)
     scale = min(1.0, (x0[0].size / PIXELS) ** 0.5)
     longest = map_step * scale * jnp.where(inner.step >= halve_at, 0.5, 1.0)
 
@@ -136,7 +137,9 @@ def adv2_mask(
     (l_prd, logits), pull = _with_gradient(lambda v: margin(v, batch), x)
     x = move(x, prediction_step * scale, _unit(pull))
     # 3. the mask follows
-    m = jax.lax.fori_loop(0, looks, lambda i, m: iterate(m, x, batch, _fold(keys, i)), inner.carry)
+    m = jax.lax.fori_loop(
+      0, looks, lambda i, m: iterate(m, x, batch, fold_keys(keys, i)), inner.carry
+    )
     # 4. and looks ahead
     (l_int, m), pull = _with_gradient(lambda v: look(m, v, batch, keys)[::-1], x)
     # 5. towards the target map, as far as the class allows
@@ -217,7 +220,3 @@ def _unit(v: Array) -> Array:
   v = v / jnp.where(largest > 0, largest, 1)  # or the squares of small values would be 0
   norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2, 3), keepdims=True))
   return v / jnp.maximum(norm, 1)
-
-
-def _fold(keys: Key, i: int | Array) -> Key:
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, i)

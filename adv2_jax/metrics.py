@@ -28,6 +28,7 @@ from adv2_jax.types import (
   Label,
   Map,
   example_keys,
+  fold_keys,
 )
 
 MAP_FIELDS = (
@@ -256,7 +257,7 @@ def faithfulness(clf: Classifier, x: Image, y: Label, maps: Map, key: Key) -> di
     low, high = (jnp.array(m.shape) * part // 4 for part in (1, 3))
     return jnp.roll(m, jax.random.randint(k, (2,), low, high + 1), (0, 1))
 
-  keys = jax.vmap(jax.random.fold_in, (0, None))(example_keys(key, len(x)), 1)
+  keys = fold_keys(example_keys(key, len(x)), 1)
   rolled = jax.vmap(elsewhere)(maps, keys)
   return {
     'marked': jnp.mean(maps, axis=(1, 2)),

@@ -217,3 +217,8 @@ def step_keys(key: Key, example_id: Array, step: int | Array) -> Key:
   """An example's key at an attack step, [B]; its place in the batch does not matter."""
   fold = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step)  # noqa: E731
   return jax.vmap(fold)(example_id)
+
+
+def fold_keys(keys: Key, i: int | Array) -> Key:
+  """i folded into each of the keys [B]."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, i)

@@ -206,7 +206,8 @@ def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch):
     interpreters._build.cache_clear()
   rows = {row['attack']: row for row in rows_of(path)}
   assert list(rows) == ['benign', 'again', 'other', 'pgd', 'adv2']
-  assert rows['benign']['map_l1_all'] == 0 < rows['again']['map_l1_all'] < 0.3
+  assert rows['benign']['map_l1_all'] == 0
+  assert 1e-3 < rows['again']['map_l1_all'] < 0.3  # rounding alone would be less
   # 4 steps with 4 masks each; the path before them; the last iterate's check.
   assert rows['adv2']['network_passes'] == 2 * 8 + 1 + 4 * 14 + 7
   for kind in ('target', 'benign', 'pgd', 'adv2'):

@@ -29,6 +29,7 @@ from adv2_jax.types import (
   Map,
   PyTree,
   Unrolled,
+  fold_keys,
 )
 
 
@@ -220,8 +221,7 @@ def solve(
   state = start(config, len(x)) if state is None else state
 
   def body(i: Array, state: MaskState) -> MaskState:
-    here = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-    return solver_step(clf, state, x, y, here, config)
+    return solver_step(clf, state, x, y, fold_keys(keys, i), config)
 
   return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
 
@@ -244,8 +244,7 @@ def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> 
   """The solver's masks before each of its iterations, f32[B,steps,h,w]."""
 
   def body(state: MaskState, i: Array) -> tuple[MaskState, Array]:
-    here = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-    return solver_step(clf, state, x, y, here, config), state.mask
+    return solver_step(clf, state, x, y, fold_keys(keys, i), config), state.mask
 
   path = jax.lax.scan(body, start(config, len(x)), jnp.arange(config.steps))[1]
   return jnp.moveaxis(path, 0, 1)
