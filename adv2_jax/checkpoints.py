@@ -14,13 +14,10 @@ checked before its weights are used.
 """
 
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,29 +25,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
-from adv2_jax import images, nets
+from adv2_jax import images, nets, weight_files
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.interpreters.rts import Decoder
 from adv2_jax.nets import saliency_unet
 from adv2_jax.types import Image, InputError, Label, PyTree
+from adv2_jax.weight_files import Tensors
 
-Tensors = dict[str, np.ndarray]
 Path = tuple[str, ...]
 
 CARD_FIELDS = ('model', 'num_classes', 'mean', 'std', 'accuracy', 'command', 'sha256')
+BUILT_IN_DECODERS = {'scene_resnet': 'scene_rts'}  # net -> weights
 DECODER_FIELDS = ('black_box', 'encoder', 'widths', 'confidence', 'classes')  # further ones of RTS
-PICKLES = ('.pth', '.pt', '.th', '.pkl', '.pickle', '.bin', '.ckpt', '.tar')
 SOURCES = (
   'a built-in name, FILE.npz, FILE.safetensors, an orbax directory or hf://owner/name[/FILE]'
 )
 
 _PACKAGE = pathlib.Path(__file__).parent
-# Besides these, zipfile raises RuntimeError for an encrypted member: a flipped bit looks like one.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _LEAVES = {
   'kernel': 'weight',
   'scale': 'weight',
@@ -202,6 +195,12 @@ def built_in() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted(folder.glob('*.safetensors'))}
 
 
+def built_in_decoder(black_box: str) -> str | None:
+  """Name of the built-in saliency net (RTS) for a net of the zoo; None where there is none."""
+  name = BUILT_IN_DECODERS.get(black_box)
+  return name if name in built_in() else None
+
+
 def resolve(source: str | os.PathLike) -> pathlib.Path:
   """The local file or directory of a weights source; downloads from the hub if need be.
 
@@ -209,10 +208,10 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     InputError: nothing is there, or it is a pickle, which is never opened.
   """
   text = os.fspath(source)
-  if text.endswith(PICKLES) and not os.path.isdir(text):
-    raise _pickle_error(text)
+  if text.endswith(weight_files.PICKLES) and not os.path.isdir(text):
+    raise weight_files.pickle_error(text)
   if text.startswith('hf://'):
-    return _download(text)
+    return weight_files.download(text)
   path = built_in().get(text, pathlib.Path(text))
   if not path.exists():
     known = ', '.join(built_in()) or 'none'
@@ -248,119 +247,20 @@ def read_tensors(source: str | os.PathLike) -> Tensors:
   """
   path = resolve(source)
   if path.is_dir():
-    return canonical(to_tensors(_read_orbax(path)))
+    return canonical(to_tensors(weight_files.read_orbax(path)))
   if path.stat().st_size == 0:
     raise InputError(f'{path}: the file is empty; get it again')
-  expected = read_card(path).get('sha256') or _hub_sha256(path)
-  if expected and _sha256(path.read_bytes()) != expected:
+  expected = read_card(path).get('sha256') or weight_files.hub_sha256(path)
+  if expected and weight_files.sha256(path.read_bytes()) != expected:
     raise InputError(f'{path}: the sha256 is not the recorded {expected}; get the file again')
   if path.suffix == '.npz':
-    return canonical(_read_npz(path))
+    return canonical(weight_files.read_npz(path))
   if path.suffix == '.safetensors':
-    return canonical(_read_safetensors(path))
+    return canonical(weight_files.read_safetensors(path))
   raise InputError(f'{path}: unknown weights format {path.suffix!r}; expected {SOURCES}')
 
 
-def _read_npz(path: pathlib.Path) -> Tensors:
-  try:
-    with zipfile.ZipFile(path) as archive:
-      members = archive.namelist()
-    if any(member.endswith('data.pkl') for member in members):
-      raise _pickle_error(path)
-    with np.load(path, allow_pickle=False) as arrays:
-      return {name: arrays[name] for name in arrays.files}
-  except InputError:
-    raise
-  except (*_ZIP_ERRORS, ValueError, OSError, EOFError) as e:
-    raise _broken(path, 'an .npz archive of plain arrays', e) from e
-
-
-def _read_safetensors(path: pathlib.Path) -> Tensors:
-  try:
-    return safetensors.numpy.load_file(path)
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
-    raise _broken(path, 'a safetensors file', e) from e
-
-
-def _read_orbax(path: pathlib.Path) -> PyTree:
-  import orbax.checkpoint.experimental.v1 as ocp  # slow to import, and the only import of it
-
-  wanted = ('params', 'batch_stats')
-  try:
-    tree = ocp.metadata(path.absolute()).metadata
-    if 'params' in tree:
-      # Asking for NumPy leaves makes loading independent of the devices that wrote the checkpoint.
-      leaves = {
-        name: (lambda a: np.empty(a.shape, a.dtype))
-        if name in wanted
-        else (lambda _: ocp.PLACEHOLDER)
-        for name in tree
-      }
-      tree = ocp.load(
-        path.absolute(), {name: jax.tree.map(leaves[name], tree[name]) for name in tree}
-      )
-  except Exception as e:  # orbax documents no exception types; whatever it says becomes one line
-    raise _broken(path, 'an orbax checkpoint', e) from e
-  if 'params' not in tree:
-    raise InputError(f'{path}: the checkpoint has no "params"; save {{params, batch_stats}}')
-  return {name: tree[name] for name in wanted if name in tree}
-
-
-def _download(source: str) -> pathlib.Path:
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  owner, name, file = [*source.removeprefix('hf://').split('/', 2), '', ''][:3]
-  if not (owner and name):
-    raise InputError(f'weights {source!r} name no repository; expected hf://owner/name[/FILE]')
-  file = file or 'model.safetensors'
-  try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(f'{owner}/{name}', file))
-  except errors.RemoteEntryNotFoundError as e:
-    raise InputError(f'cannot get {source}: the repository has no file {file!r}') from e
-  except (OSError, ValueError) as e:  # the hub's own errors are among these
-    raise InputError(f'cannot get {source}: {_one_line(e)}') from e
-
-
-def _hub_sha256(path: pathlib.Path) -> str | None:
-  """The hub's cache names a large file by its sha256, which the client does not check."""
-  blob = path.resolve().name
-  return blob if re.fullmatch(r'[0-9a-f]{64}', blob) else None
-
-
-def _sha256(content: bytes) -> str:
-  return hashlib.sha256(content).hexdigest()
-
-
-def _one_line(e: Exception) -> str:
-  return next(iter(str(e).strip().splitlines()), '') or type(e).__name__
-
-
-def _broken(path: pathlib.Path, expected: str, e: Exception) -> InputError:
-  with path.open('rb') if path.is_file() else open(os.devnull, 'rb') as file:
-    head = file.read(2)
-  if head[:1] == b'\x80' and head[1:] in (b'\x02', b'\x03', b'\x04', b'\x05'):
-    return _pickle_error(path)
-  return InputError(f'{path}: not {expected}, or only part of one ({_one_line(e)}); get it again')
-
-
-def _pickle_error(path: str | os.PathLike) -> InputError:
-  text = os.fspath(path)
-  file = pathlib.PurePath(text.rpartition('/')[2] if text.startswith('hf://') else text)
-  return InputError(
-    f'{text} is a pickle, which can run code when opened, and is refused; convert it first: '
-    f'python -m experiments.convert {file} {file.with_suffix(".safetensors")}'
-  )
-
-
 # --- writing --------------------------------------------------------------------------------------
-
-
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> str:
-  """Writes the tensors, the whole file or nothing, and returns the file's sha256."""
-  content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
-  images.write_atomic(path, content)
-  return _sha256(content)
 
 
 def save_checkpoint(path: str | os.PathLike, variables: PyTree, card: Mapping[str, Any]) -> None:
@@ -378,7 +278,7 @@ def save_checkpoint(path: str | os.PathLike, variables: PyTree, card: Mapping[st
     if not np.abs(tensor).max() < np.finfo(np.float16).max:
       raise InputError(f'{path}: tensor {name!r} is not finite in float16; lower the learning rate')
   half = {k: v.astype(np.float16) if v.ndim > 1 else v for k, v in tensors.items()}
-  sha256 = write_safetensors(path, half)
+  sha256 = weight_files.write_safetensors(path, half)
   text = json.dumps({**card, 'sha256': sha256}, indent=2) + '\n'
   images.write_atomic(path.with_suffix('.json'), text.encode())
 

@@ -9,6 +9,8 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
+from adv2_jax.store import NOT_PERTURBED
+
 # One colour per attack everywhere; told apart with the usual colour-vision deficiencies, and
 # readable on white and on black.
 COLOURS = {
@@ -162,7 +164,7 @@ def _known(values: Sequence[float | None]) -> bool:
 def figure_of(row: Mapping[str, Any], field: str) -> Any:
   """A figure of the table; of images nobody attacked over all of them, for want of successes."""
   value = row.get(field)
-  if value is None and row['attack'] in ('benign', 'other'):
+  if value is None and row['attack'] in NOT_PERTURBED:
     return row.get(f'{field}_all')
   return value
 

@@ -32,6 +32,7 @@ from adv2_jax import images
 from adv2_jax.types import InputError
 
 ATTACKS = ('benign', 'again', 'other', 'pgd', 'adv2', 'adv2_joint')
+NOT_PERTURBED = ('benign', 'again', 'other')  # rows of images that nobody attacked
 CSV_FIELDS = (
   'id',
   'attack',

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from adv2_jax import data, interpreters, nets
+from adv2_jax import checkpoints, data, interpreters, nets
 from adv2_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -37,7 +37,11 @@ def define_data_flags() -> None:
 
 def define_explain_flags() -> None:
   """What is explained, which examples, and where the results go."""
-  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
+  flags.DEFINE_list(
+    'interpreters',
+    None,
+    f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask, and rts if it has a decoder.',
+  )
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
   flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
@@ -45,6 +49,7 @@ def define_explain_flags() -> None:
   flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')
   flags.DEFINE_string('workdir', None, 'Where to write; default: runs/<date-time>-<config hash>.')
   flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
+  flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
 
 
 def define_attack_flags() -> None:
@@ -57,7 +62,6 @@ def define_attack_flags() -> None:
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
-  flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
 
 
 def define_evaluate_flags() -> None:
@@ -117,9 +121,13 @@ def define_bench_flags() -> None:
 
 
 def config() -> dict[str, Any]:
-  """The command's flags, by name."""
+  """The command's flags, by name; --interpreters are named, be it by default."""
   found = FLAGS.flags_by_module_dict()[__name__]
-  return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
+  c = {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
+  if 'interpreters' in c and c['interpreters'] is None:
+    explained = c['decoder'] or checkpoints.built_in_decoder(c['model'])
+    c['interpreters'] = ['grad', 'cam', 'mask'] + ['rts'] * bool(explained)
+  return c
 
 
 def check(c: dict[str, Any]) -> None:

@@ -15,8 +15,6 @@ from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, Batch, InputError, Interpreter, Key, Map
 from experiments import _flags, _targets
 
-BUILT_IN_DECODERS = {'scene_resnet': 'scene_rts'}  # model -> weights
-
 
 class Setup(NamedTuple):
   """What the flags stand for."""
@@ -84,8 +82,8 @@ def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
   """RTS's, from the flag, or the built-in one that was trained for the model."""
   model, source = config['model'], config.get('decoder')
   if source is None:
-    source = BUILT_IN_DECODERS.get(model)
-    if source not in checkpoints.built_in():
+    source = checkpoints.built_in_decoder(model)
+    if source is None:
       raise InputError(
         f'--interpreters rts: no built-in decoder for {model}; give --decoder FILE.safetensors, '
         f'from python -m experiments.train --task rts --model {model}'

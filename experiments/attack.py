@@ -37,7 +37,6 @@ from adv2_jax.store import (
 from adv2_jax.types import Array, InputError, Interpreter, Key, Map
 from experiments import _flags, _setup, _targets
 
-NOT_PERTURBED = ('benign', 'again', 'other')
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score, static_argnames='shown')
 two_class_maps = jax.jit(metrics.two_class_maps)
@@ -186,7 +185,7 @@ class Run(NamedTuple):
       mask=shard.mask,
       clean_maps=clean,
       maps=maps,
-      shown='label' if attack in NOT_PERTURBED else 'target',
+      shown='label' if attack in store.NOT_PERTURBED else 'target',
     )
     keep = shard.is_real & ~np.isin(shard.id, list(self.done[attack, name]))
     arrays = {map_folder(attack, name): fresh, image_folder(attack, name): images.to_uint8(x8)}
@@ -230,7 +229,7 @@ def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[di
         'framework': setup.config['framework'],
         'target_map': setup.config['target_map'],
         'n_skipped': num_skipped,
-        **metrics.aggregate(workdir.records(attack, name), attack not in NOT_PERTURBED),
+        **metrics.aggregate(workdir.records(attack, name), attack not in store.NOT_PERTURBED),
         **spent,
       }
 

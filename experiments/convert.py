@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adv2_jax import checkpoints
+from adv2_jax import checkpoints, weight_files
 from adv2_jax.types import InputError
 
 
@@ -50,7 +50,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> checkpoints.Tensors:
   if not tensors:
     raise InputError(f'{source}: holds no tensors; expected a state dict')
   tensors = checkpoints.canonical(tensors)
-  checkpoints.write_safetensors(target, tensors)
+  weight_files.write_safetensors(target, tensors)
   return tensors
 
 

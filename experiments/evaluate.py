@@ -52,7 +52,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
       for batch in _batches(sorted(ids), results.config['batch_size']):
         found[kind] += _judge(results, clf, interpreter, name, kind, batch)
     for kind, records in found.items():
-      attacked = kind not in attack.NOT_PERTURBED
+      attacked = kind not in store.NOT_PERTURBED
       row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
       _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
       rows.append(row)
@@ -87,7 +87,7 @@ def _judge(
     metrics.judge_keys(results.config['seed'], padded),
     epsilon=results.config['epsilon'],
     mask=_masks(results, padded, clean.shape[1:3]),
-    shown='label' if kind in attack.NOT_PERTURBED else 'target',
+    shown='label' if kind in store.NOT_PERTURBED else 'target',
   )
   is_real = np.arange(len(padded)) < len(ids)
   records = store.as_records(scores, is_real, id=padded, label=label, target=target)

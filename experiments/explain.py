@@ -6,7 +6,8 @@ For the first N images that the classifier gets right and their true class: does
 the object (where the data has masks or boxes), is it faithful (what the class loses when the marked
 part is blurred, beside a part elsewhere of the same shape; MASK minimises that very figure), and
 how alike are the maps of different images? Writes explain.json, maps.csv (one line per image and
-interpreter) and figures/maps.png.
+interpreter) and figures/maps.png; before these, batch by batch, shards/, from which --resume goes
+on.
 """
 
 import csv
@@ -22,7 +23,7 @@ import tqdm
 
 from adv2_jax import figures, images, metrics, overlay
 from adv2_jax.classifier import Classifier
-from adv2_jax.store import check_workdir, default_workdir, plain, writing
+from adv2_jax.store import RESUME, check_workdir, default_workdir, plain, writing
 from adv2_jax.types import Array, Image, Interpreter, Key, Label, Map
 from experiments import _flags, _setup, attack
 
@@ -86,9 +87,11 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   _flags.check(flags)
   config = flags | {'target_label': 'random', 'target_map': 'benign'}
   path = pathlib.Path(flags['workdir'] or default_workdir(flags))
-  check_workdir(path, flags, resume=False, remedy='choose another --workdir')
+  check_workdir(path, flags, flags['resume'])
   setup = _setup.load(config)
   examples = _setup.select(setup, attacked=False)
+  with writing(path, RESUME):
+    images.write_atomic(path / 'config.json', json.dumps(plain(flags), indent=2).encode())
   seen: dict[str, list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {}
   first: list[np.ndarray] = []  # images to be shown
   with tqdm.tqdm(total=len(examples.id) * len(setup.interpreters), unit='map') as bar:
@@ -98,9 +101,15 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
         first.extend(np.asarray(images.to_uint8(shard.batch.x))[real])
       for name, interpreter in setup.interpreters.items():
         bar.set_postfix_str(name)
-        found = look(setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask)
-        found = jax.tree.map(lambda v, keep=real: np.asarray(v)[keep], found)
-        seen.setdefault(name, []).append(found)
+        part = path / f'shards/{name}-{shard.id[0]:06d}-{real.sum()}.npz'
+        if not part.exists():
+          maps, found = look(
+            setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
+          )
+          keep(part, {'maps': maps} | found, real)
+        with np.load(part, allow_pickle=False) as arrays:
+          found = dict(arrays)
+        seen.setdefault(name, []).append((found.pop('maps'), found))
         bar.update(int(real.sum()))
   shown = np.stack(first[:_SHOWN])
   rows, lines, columns = [], [], [panels(shown, None)]
@@ -117,6 +126,14 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   print(table(rows))
   print(path)
   return path
+
+
+def keep(part: pathlib.Path, arrays: Mapping[str, Array], real: np.ndarray) -> None:
+  """Writes what was found of a batch, without its padding rows."""
+  content = io.BytesIO()
+  np.savez(content, **{name: np.asarray(v)[real] for name, v in arrays.items()})
+  with writing(part.parent.parent, RESUME):
+    images.write_atomic(part, content.getvalue())
 
 
 def panels(x: np.ndarray, maps: np.ndarray | None) -> list[figures.Panel]:
@@ -140,8 +157,7 @@ def write(
   writer = csv.DictWriter(text, list(lines[0]))
   writer.writeheader()
   writer.writerows(lines)
-  with writing(path, 'make room there, or choose another --workdir'):
-    (path / 'figures').mkdir(parents=True, exist_ok=True)
+  with writing(path, RESUME):
     images.write_atomic(path / 'figures/maps.png', drawn.getvalue())
     images.write_atomic(path / 'maps.csv', text.getvalue().encode())
     images.write_atomic(path / 'explain.json', json.dumps(plain(report), indent=2).encode())

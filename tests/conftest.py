@@ -46,6 +46,22 @@ def flag_defaults(*define):
     return _flags.flags.defaults
 
 
+@pytest.fixture(scope='session')
+def victim(tmp_path_factory):
+  """Flags of a tiny run of `experiments.attack`; see `cli.make_victim`."""
+  import cli
+
+  return cli.make_victim(tmp_path_factory.mktemp('victim'))
+
+
+@pytest.fixture(scope='session')
+def finished(victim, tmp_path_factory):
+  """A whole run of two interpreters, not to be written to."""
+  import cli
+
+  return cli.run(victim, tmp_path_factory.mktemp('runs') / 'whole', **cli.WHOLE)
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

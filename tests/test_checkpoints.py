@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.weights import numpy_weights
 
-from adv2_jax import checkpoints, nets
+from adv2_jax import checkpoints, nets, weight_files
 from adv2_jax.checkpoints import load_classifier, load_variables, read_tensors
 from adv2_jax.types import InputError
 from experiments import convert
@@ -156,7 +156,7 @@ def write_npz(path, tensors, variables):
 
 
 def write_safetensors(path, tensors, variables):
-  checkpoints.write_safetensors(path, tensors)
+  weight_files.write_safetensors(path, tensors)
 
 
 def write_orbax(path, tensors, variables):
@@ -242,7 +242,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_weights_come_from_the_hub(hub, tensors):
-  checkpoints.write_safetensors(hub / 'model.safetensors', tensors)
+  weight_files.write_safetensors(hub / 'model.safetensors', tensors)
   (hub / 'sub').mkdir()
   np.savez(hub / 'sub' / 'w.npz', a=np.ones(2))
   assert_same(read_tensors('hf://owner/name'), tensors)
@@ -250,7 +250,7 @@ def test_weights_come_from_the_hub(hub, tensors):
 
 
 def test_a_damaged_download_is_found_by_its_sha256(hub, tensors):
-  checkpoints.write_safetensors(hub / 'model.safetensors', tensors)
+  weight_files.write_safetensors(hub / 'model.safetensors', tensors)
   cached = checkpoints.resolve('hf://owner/name').resolve()
   content = bytearray(cached.read_bytes())
   content[-1] ^= 1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -66,6 +67,21 @@ def test_a_directory_in_use_is_refused_before_any_work(finished):
   with pytest.raises(InputError, match='is not empty'):
     explain.run(flags(workdir=str(finished)))
   assert (finished / 'explain.json').read_bytes() == before
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
+  run = tmp_path / 'run'
+  shutil.copytree(finished, run)
+  gone = [*run.glob('*.json'), *run.glob('*.csv'), *run.glob('figures/*')]
+  gone = [p for p in gone if p.name != 'config.json'] + sorted(run.glob('shards/*'))[::2]
+  kept = {p: p.stat().st_mtime_ns for p in sorted(run.glob('shards/*'))[1::2]}
+  for file in gone:
+    file.unlink()
+  explain.run(flags(workdir=str(run), resume=True))
+  assert len(kept) == 2
+  assert {p: p.stat().st_mtime_ns for p in kept} == kept
+  for name in ('maps.csv', 'figures/maps.png'):
+    assert (run / name).read_bytes() == (finished / name).read_bytes()
 
 
 @pytest.mark.parametrize(

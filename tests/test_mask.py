@@ -216,7 +216,7 @@ def test_the_path_is_the_solver_s():
 
 def test_the_masks_looked_at_are_about_the_path_and_begin_where_it_begins():
   path = jnp.linspace(0.2, 0.8, 50).reshape(-1, 1, 1) * jnp.ones((50, 4, 4))
-  draw = jax.jit(lambda key, noise: M._draw(key, path, steps=50.0, looks=4, noise=noise)[0])
+  draw = jax.jit(lambda key, noise: M._draw(key, path, first=0, last=50.0, looks=4, noise=noise)[0])
   exact = draw(jax.random.key(0), 0.0)
   np.testing.assert_array_equal(exact[0], path[0])
   places = [int(np.argmin(np.abs(path[:, 0, 0] - m[0, 0]))) for m in exact]

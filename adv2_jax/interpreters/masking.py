@@ -49,6 +49,8 @@ class MaskConfig(NamedTuple):
     steps: Adam iterations.
     learning_rate: of Adam.
     decay: whether the learning rate falls to 0 over the iterations, as a cosine.
+    b1: Adam's memory of the mean of the gradient.
+    b2: its memory of the square.
   """
 
   size: int = 28
@@ -62,6 +64,8 @@ class MaskConfig(NamedTuple):
   steps: int = 300
   learning_rate: float = 0.1
   decay: bool = False
+  b1: float = 0.9
+  b2: float = 0.999
 
 
 CIFAR = MaskConfig(size=8, jitter=2, area=1e-3, smoothness=1e-1, blur=5, mask_blur=3)
@@ -186,7 +190,7 @@ def _adam(config: MaskConfig) -> optax.GradientTransformation:
   if config.decay:
     rate = optax.cosine_decay_schedule(rate, config.steps)
   # eps_root keeps the derivative of the root finite where the second moment is 0.
-  return optax.adam(rate, eps_root=1e-16)
+  return optax.adam(rate, config.b1, config.b2, eps_root=1e-16)
 
 
 def start(config: MaskConfig, n: int) -> MaskState:
@@ -226,6 +230,9 @@ def solve(
   return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
 
 
+SHARE = 0.03  # of a log-odds' unit beside one of rms
+
+
 class Landscape(NamedTuple):
   """What the attack imitates: how sure the class is under the masks that the solver meets.
 
@@ -251,18 +258,29 @@ def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> 
 
 
 def mask(
-  config: MaskConfig | None = None, *, looks: int = 4, noise: float = 0.2, reach: float = 1 / 3
+  config: MaskConfig | None = None,
+  *,
+  unrolled: int = 0,
+  looks: int = 4,
+  noise: float = 0.2,
+  reach: float = 1 / 3,
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
 
-  The map depends on x through an optimisation, which the attack does not differentiate. The solver
-  sees x through log-odds only: u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). If u(m; x, t) equals
-  u(m; x0, y) wherever it looks, it goes the same way and ends in the same map. Per attack step,
-  `looks` masks are drawn, from its path on the clean image and with noise about it, and the
-  distance is the mean of |u(m; x, t) − u(m; x0, y)|. No solution is computed in the loop.
+  The map depends on x through an optimisation. The attack makes that optimisation go the way that
+  it goes on the clean image x0, so the target map is the clean image's, whatever it is told:
+
+  - it differentiates the first `unrolled` iterations: the masks after them shall be equal, in rms;
+  - the solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). Where
+    u(m; x, t) equals u(m; x0, y) it goes the same way. Per step, `looks` masks are drawn from
+    the rest of its path on the clean image, with noise about it, and |u(m; x, t) − u(m; x0, y)|,
+    averaged, is the distance; beside unrolled iterations it counts `SHARE` times.
+
+  Without unrolled iterations no solution is computed in the loop, and a step is cheap.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
+    unrolled: iterations that are differentiated; each costs 8 passes per attack step.
     looks: masks per attack step; each is a forward pass on x0, and one with gradient on x.
     noise: standard deviation, per cell.
     reach: the share of the path that is looked at; what happens early decides.
@@ -274,6 +292,11 @@ def mask(
   check(c)
   if looks < 1 or noise < 0 or not 0 < reach <= 1:
     raise InputError(f'looks={looks}, noise={noise}, reach={reach}; expected ≥ 1, ≥ 0, in (0, 1]')
+  if not 0 <= unrolled < c.steps * reach:
+    raise InputError(
+      f'unrolled is {unrolled}; expected 0 to less than {c.steps * reach:g}, the iterations that '
+      'are looked at'
+    )
   # Beyond it p(1 − p) is so small that the solver feels the area term only.
   bound = min(12.0, 2.0 - math.log(c.area)) if c.area else 12.0
 
@@ -290,7 +313,7 @@ def mask(
   def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Landscape, keys: Key) -> Unrolled:
     del params
     n = len(x)
-    draw = functools.partial(_draw, steps=c.steps * reach, looks=looks, noise=noise)
+    draw = functools.partial(_draw, first=unrolled, last=c.steps * reach, looks=looks, noise=noise)
     masks, jitter_keys = jax.vmap(draw)(keys, carry.path)
 
     def log_odds(x: Image, y: Label) -> Array:  # [B·looks]
@@ -300,10 +323,13 @@ def mask(
       return losses.log_odds(clf(views).logits, repeat(y))
 
     wanted = jax.lax.stop_gradient(log_odds(carry.x, carry.label))
-    apart = misfit(log_odds(x, y), wanted, bound).reshape(n, looks)
-    return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, jnp.mean(apart, axis=1))
+    apart = misfit(log_odds(x, y), wanted, bound).reshape(n, looks).mean(1)
+    if unrolled:
+      m = _unrolled(clf, x, y, fold_keys(keys, 1), c, unrolled)
+      apart = losses.map_rms(m, carry.path[:, unrolled]) + SHARE * apart
+    return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, apart)
 
-  passes = (2 * c.steps, 2 + 3 * looks)
+  passes = (2 * c.steps, 2 + 3 * looks + 8 * unrolled)
   return Interpreter(
     (),
     explain,
@@ -318,13 +344,25 @@ def mask(
   )
 
 
-def _draw(key: Key, path: Array, *, steps: float, looks: int, noise: float) -> tuple[Array, Key]:
-  """Masks [looks,h,w] about a path [n,h,w], denser at its beginning, and a key for each."""
+def _unrolled(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig, n: int) -> Array:
+  """The mask after the first n iterations, differentiable in x, in the memory of one of them."""
+
+  @jax.checkpoint  # each iteration is run again on the way back, or all activations would be kept
+  def body(state: MaskState, i: Array) -> tuple[MaskState, None]:
+    return solver_step(clf, state, x, y, fold_keys(keys, i), config), None
+
+  return jax.lax.scan(body, start(config, len(x)), jnp.arange(n))[0].mask
+
+
+def _draw(
+  key: Key, path: Array, *, first: int, last: float, looks: int, noise: float
+) -> tuple[Array, Key]:
+  """Masks [looks,h,w] about path[first:last], denser at its beginning, and a key for each."""
   k = jax.random.split(key, 3)
   place = (jnp.arange(looks) + jax.random.uniform(k[0], (looks,))) / looks
-  masks = path[jnp.int32(place**2 * steps)]
+  masks = path[jnp.int32(first + place**2 * (last - first))]
   masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
-  masks = masks.at[0].set(path[0])  # where every solution begins
+  masks = masks.at[0].set(path[first])  # where every solution begins, or is on its way
   return masks, jax.random.split(k[2], looks)
 
 

@@ -1,0 +1,104 @@
+"""What tests of `experiments.attack` share: a tiny data set with its net, and ways to run it."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import flag_defaults
+from parity.weights import numpy_weights
+
+from adv2_jax import checkpoints, nets, weight_files
+from adv2_jax.images import from_uint8
+from experiments import _flags, _setup, attack
+
+SIZE, EPSILON, SEED = 32, 0.05, 3
+WHOLE = {'interpreters': ['grad', 'cam']}
+
+
+@functools.cache
+def defaults():
+  """The command's flags."""
+  return flag_defaults(_flags.define_data_flags, _flags.define_attack_flags)
+
+
+def make_victim(folder):
+  """Flags of a random net that gets 8 of 10 images right, spread over several classes."""
+  rng = np.random.RandomState(0)
+  waves = np.sin(np.arange(SIZE).reshape(-1, 1, 1) * rng.uniform(0.1, 2, (3, 1, 1, 3)))
+  noise = rng.uniform(-1, 1, (10, SIZE, SIZE, 3))
+  image = np.uint8(127 + 80 * waves[np.arange(10) % 3] + 40 * noise)  # three kinds
+  module = nets.build('scene_resnet')
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+  tensors = numpy_weights(checkpoints.tensor_shapes(shapes), seed=1)
+  for shift in (True, False):
+    weight_files.write_safetensors(folder / 'net.safetensors', tensors)
+    clf = checkpoints.load_classifier('scene_resnet', folder / 'net.safetensors')
+    logits = np.asarray(clf(from_uint8(image)).logits)
+    if shift:  # else all images are of one class
+      tensors['fc.bias'] = tensors['fc.bias'] - logits.mean(0)
+  label = logits.argmax(-1)
+  assert len(set(label[2:7].tolist())) == 3
+  label[:2] = (label[:2] + 1) % 10
+  np.savez(folder / 'data.npz', image=image, label=label)
+  mask = np.zeros((10, SIZE, SIZE), bool)
+  mask[:, 8:20, 5:25] = True
+  mask[3] = False  # has no object
+  np.savez(folder / 'masks.npz', mask=mask)
+  return {
+    'dataset': 'npz',
+    'data_path': str(folder / 'data.npz'),
+    'masks': str(folder / 'masks.npz'),
+    'image_size': SIZE,
+    'weights': str(folder / 'net.safetensors'),
+    'interpreters': ['cam'],
+    'epsilon': EPSILON,
+    'num_examples': 5,
+    'batch_size': 2,
+    'steps_s2': 4,
+    'seed': SEED,
+    'num_devices': 1,
+  }
+
+
+def run(victim, workdir, resume=False, **changes):
+  """The command in this process; what it has compiled serves the next test too."""
+  attack.run(defaults() | victim | changes | {'workdir': str(workdir), 'resume': resume})
+  return pathlib.Path(workdir)
+
+
+def select(victim, **changes):
+  """What a run would work on."""
+  return _setup.select(_setup.load(defaults() | victim | changes))
+
+
+def command(flags, cwd):
+  """The command as a user runs it, on one device."""
+  tree = pathlib.Path(attack.__file__).parent.parent
+  arguments = [f'--{k}={",".join(v) if isinstance(v, list) else v}' for k, v in flags.items()]
+  env = os.environ | {'PYTHONPATH': str(tree), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.attack', *arguments],
+    cwd=cwd,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def contents(workdir, *parts):
+  """{path: bytes} of the files below these parts of a workdir."""
+  found = [p for part in parts for p in [workdir / part, *(workdir / part).rglob('*')]]
+  return {str(p.relative_to(workdir)): p.read_bytes() for p in found if p.is_file()}
+
+
+def rows_of(workdir):
+  """The rows of metrics.json, times aside."""
+  rows = json.loads((workdir / 'metrics.json').read_text())['rows']
+  return [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows]

@@ -1,0 +1,90 @@
+"""`experiments.attack`: bad input is told in one line, before anything is written."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from cli import command, contents, run
+
+from adv2_jax.types import InputError
+from experiments import attack
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'epsilon': 0.0}, '--epsilon is 0.0; expected 0 < epsilon ≤ 1'),
+    ({'epsilon': 8.0}, '--epsilon is 8.0'),
+    ({'epsilon': float('nan')}, '--epsilon is nan'),
+    ({'num_examples': 0}, '--num_examples is 0; expected at least 1'),
+    ({'batch_size': -1}, '--batch_size is -1'),
+    ({'steps_s2': 0}, '--steps_s2 is 0'),
+    ({'steps_s1': -1}, '--steps_s1 is -1'),
+    ({'seed': -1}, '--seed is -1'),
+    ({'num_devices': 99}, '--num_devices is 99; this machine has 8'),
+    ({'model': 'vgg16'}, "--model 'vgg16' is unknown; expected one of .*resnet18"),
+    ({'interpreters': ['cam', 'lime']}, "interpreter 'lime' is unknown; expected one of grad, cam"),
+    ({'interpreters': []}, '--interpreters is'),
+    ({'interpreters': ['cam', 'cam']}, 'expected distinct names'),
+    ({'dataset': 'mnist'}, 'mnist.*scenes'),
+    ({'data_path': 'nowhere.npz'}, '--data_path nowhere.npz does not exist'),
+    ({'data_path': None}, '--dataset npz needs --data_path'),
+    ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
+    ({'target_map': 'circle'}, "--target_map is 'circle'; expected benign, random_class"),
+    ({'target_label': 'best'}, "--target_label is 'best'; expected random, least_likely"),
+    ({'target_label': '10'}, 'target 10 is outside 0…9'),
+    ({'mean': ['0.5', 'x', '0.5']}, '--mean is 0.5,x,0.5; expected three finite numbers'),
+    ({'std': ['0.5', '0', '0.5']}, '--std is 0.5,0,0.5; expected three positive numbers'),
+  ],
+)
+def test_bad_flags_are_told_before_anything_is_written(victim, tmp_path, change, message):
+  workdir = tmp_path / 'run'
+  with pytest.raises(InputError, match=message) as error:
+    run(victim, workdir, **change)
+  assert '\n' not in str(error.value)
+  assert not workdir.exists()
+
+
+def test_a_classifier_that_gets_nothing_right(victim, tmp_path):
+  arrays = dict(np.load(victim['data_path']))
+  wrong = np.where(np.arange(10) < 2, arrays['label'], (arrays['label'] + 5) % 10)
+  np.savez(tmp_path / 'data.npz', image=arrays['image'], label=wrong)
+  with pytest.raises(InputError, match=r'gets 0 of 10 images right.*check --weights'):
+    run(victim, tmp_path / 'run', data_path=str(tmp_path / 'data.npz'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_an_image_outside_of_the_set_is_told_and_not_written(victim, tmp_path, monkeypatch):
+  real = attack.api.attack_batch
+
+  def far(*given, **options):
+    x8, history = real(*given, **options)
+    return 1 - x8, history
+
+  monkeypatch.setattr(attack.api, 'attack_batch', far)
+  with pytest.raises(InputError, match='pgd on cam: the image of example 2 is outside') as error:
+    run(victim, tmp_path / 'run', num_examples=2)
+  assert '\n' not in str(error.value)
+  assert not contents(tmp_path / 'run', 'examples/pgd')
+
+
+def test_as_a_command_a_refusal_is_the_last_line_on_stderr(victim, tmp_path):
+  """Weights that would have to be unpickled; no traceback, nothing written, exit code not 0."""
+  (tmp_path / 'net.pth').write_bytes(b'\x80\x02}q\x00.')
+  done = command(victim | {'weights': 'net.pth', 'workdir': 'run'}, tmp_path)
+  assert done.returncode != 0
+  last = done.stderr.strip().splitlines()[-1]
+  assert 'net.pth' in last
+  assert 'experiments.convert' in last
+  assert 'Traceback' not in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_half_a_weights_file(victim, tmp_path):
+  whole = pathlib.Path(victim['weights']).read_bytes()
+  half = tmp_path / 'half.safetensors'
+  half.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(InputError, match=r'half\.safetensors') as error:
+    run(victim, tmp_path / 'run', weights=str(half))
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()
