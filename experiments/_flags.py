@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from adv2_jax import checkpoints, data, interpreters, nets
+from adv2_jax import data, interpreters, nets
 from adv2_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -37,11 +37,7 @@ def define_data_flags() -> None:
 
 def define_explain_flags() -> None:
   """What is explained, which examples, and where the results go."""
-  flags.DEFINE_list(
-    'interpreters',
-    None,
-    f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask, and rts if it has a decoder.',
-  )
+  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
   flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
@@ -121,13 +117,9 @@ def define_bench_flags() -> None:
 
 
 def config() -> dict[str, Any]:
-  """The command's flags, by name; --interpreters are named, be it by default."""
+  """The command's flags, by name."""
   found = FLAGS.flags_by_module_dict()[__name__]
-  c = {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
-  if 'interpreters' in c and c['interpreters'] is None:
-    explained = c['decoder'] or checkpoints.built_in_decoder(c['model'])
-    c['interpreters'] = ['grad', 'cam', 'mask'] + ['rts'] * bool(explained)
-  return c
+  return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
 
 
 def check(c: dict[str, Any]) -> None:
@@ -151,6 +143,11 @@ def check(c: dict[str, Any]) -> None:
   for name in c['interpreters']:
     if name not in interpreters.NAMES:
       interpreters.build(name)  # tells which there are
+  if 'mask' in c['interpreters'] and c.get('preset') == 'fast' and c['target_map'] != 'benign':
+    raise InputError(
+      f'--target_map {c["target_map"]}: for mask, --preset fast can only keep the benign map; take '
+      '--preset authors, or leave mask out of --interpreters'
+    )
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import tqdm
 
-from adv2_jax import figures, images, metrics, overlay
+from adv2_jax import figures, images, metrics, overlay, weight_files
 from adv2_jax.classifier import Classifier
-from adv2_jax.store import RESUME, check_workdir, default_workdir, plain, writing
-from adv2_jax.types import Array, Image, Interpreter, Key, Label, Map
+from adv2_jax.store import RESUME, StoreError, check_workdir, default_workdir, plain, writing
+from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
 from experiments import _flags, _setup, attack
 
 FIELDS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept', 'pointing_game', 'energy_inside')
@@ -92,29 +92,27 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   examples = _setup.select(setup, attacked=False)
   with writing(path, RESUME):
     images.write_atomic(path / 'config.json', json.dumps(plain(flags), indent=2).encode())
-  seen: dict[str, list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {}
-  first: list[np.ndarray] = []  # images to be shown
-  with tqdm.tqdm(total=len(examples.id) * len(setup.interpreters), unit='map') as bar:
-    for shard in _setup.shards(setup, examples, np.arange(len(examples.id))):
+  seen = {name: read(path, name) for name in setup.interpreters}
+  left = [i for i, n in enumerate(examples.id) if any(int(n) not in s for s in seen.values())]
+  with tqdm.tqdm(total=len(left) * len(setup.interpreters), unit='map') as bar:
+    for shard in _setup.shards(setup, examples, np.array(left, int)):
       real = shard.is_real
-      if len(first) < _SHOWN:
-        first.extend(np.asarray(images.to_uint8(shard.batch.x))[real])
       for name, interpreter in setup.interpreters.items():
         bar.set_postfix_str(name)
-        part = path / f'shards/{name}-{shard.id[0]:06d}-{real.sum()}.npz'
-        if not part.exists():
-          maps, found = look(
-            setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
-          )
-          keep(part, {'maps': maps} | found, real)
-        with np.load(part, allow_pickle=False) as arrays:
-          found = dict(arrays)
-        seen.setdefault(name, []).append((found.pop('maps'), found))
+        if seen[name].keys() >= set(shard.id.tolist()):
+          continue
+        maps, found = look(
+          setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
+        )
+        seen[name] |= keep(path, name, {'id': shard.id, 'maps': maps} | found, real)
         bar.update(int(real.sum()))
-  shown = np.stack(first[:_SHOWN])
+  shown = setup.dataset.images(examples.id[:_SHOWN])
   rows, lines, columns = [], [], [panels(shown, None)]
-  for name, parts in seen.items():
-    maps, found = jax.tree.map(lambda *v: np.concatenate(v), *parts)
+  for name, records in seen.items():
+    found = {
+      k: np.stack([records[int(i)][k] for i in examples.id]) for k in records[examples.id[0]]
+    }
+    maps = found.pop('maps')
     rows.append(summary(name, maps, found))
     lines += [
       {'id': int(i), 'interpreter': name} | {k: float(v[n]) for k, v in found.items()}
@@ -128,12 +126,33 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   return path
 
 
-def keep(part: pathlib.Path, arrays: Mapping[str, Array], real: np.ndarray) -> None:
-  """Writes what was found of a batch, without its padding rows."""
+def keep(
+  path: pathlib.Path, name: str, arrays: Mapping[str, Array], real: np.ndarray
+) -> dict[int, dict[str, np.ndarray]]:
+  """Writes what was found of a batch, padding rows left out, and returns it as `read` does."""
+  whole = {k: np.asarray(v)[real] for k, v in arrays.items()}
+  whole = {k: v if k == 'id' else v.astype(np.float32) for k, v in whole.items()}
   content = io.BytesIO()
-  np.savez(content, **{name: np.asarray(v)[real] for name, v in arrays.items()})
-  with writing(part.parent.parent, RESUME):
-    images.write_atomic(part, content.getvalue())
+  np.savez(content, **whole)
+  with writing(path, RESUME):
+    images.write_atomic(path / f'shards/{name}-{whole["id"][0]:06d}.npz', content.getvalue())
+  return _by_example(whole)
+
+
+def read(path: pathlib.Path, name: str) -> dict[int, dict[str, np.ndarray]]:
+  """What an earlier run found for this interpreter: {id: {field: value}}."""
+  records: dict[int, dict[str, np.ndarray]] = {}
+  for part in sorted(path.glob(f'shards/{name}-*.npz')):
+    try:
+      records |= _by_example(weight_files.read_npz(part))
+    except InputError as error:
+      raise StoreError(f'{part} is damaged; remove it and run again with --resume') from error
+  return records
+
+
+def _by_example(arrays: Mapping[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+  fields = [k for k in arrays if k != 'id']
+  return {int(i): {k: arrays[k][n] for k in fields} for n, i in enumerate(arrays['id'])}
 
 
 def panels(x: np.ndarray, maps: np.ndarray | None) -> list[figures.Panel]:

@@ -31,6 +31,7 @@ from experiments import attack
     ({'data_path': None}, '--dataset npz needs --data_path'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
     ({'target_map': 'circle'}, "--target_map is 'circle'; expected benign, random_class"),
+    ({'interpreters': ['mask'], 'target_map': 'random_patch'}, 'mask, --preset fast can only keep'),
     ({'target_label': 'best'}, "--target_label is 'best'; expected random, least_likely"),
     ({'target_label': '10'}, 'target 10 is outside 0…9'),
     ({'mean': ['0.5', 'x', '0.5']}, '--mean is 0.5,x,0.5; expected three finite numbers'),

@@ -82,6 +82,23 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, t
   assert {p: p.stat().st_mtime_ns for p in kept} == kept
   for name in ('maps.csv', 'figures/maps.png'):
     assert (run / name).read_bytes() == (finished / name).read_bytes()
+  rows = [json.loads((at / 'explain.json').read_text())['rows'] for at in (run, finished)]
+  assert rows[0] == rows[1]
+  with pytest.raises(InputError, match='was made with --seed 0, now it is 1'):
+    explain.run(flags(workdir=str(run), resume=True, seed=1))
+  part = max(run.glob('shards/*'))
+  part.write_bytes(part.read_bytes()[:-30])
+  with pytest.raises(InputError, match=rf'{part.name} is damaged; remove it and run again'):
+    explain.run(flags(workdir=str(run), resume=True))
+
+
+def test_half_precision_on_two_devices(finished, tmp_path):
+  run = explain.run(
+    flags(workdir=str(tmp_path / 'run'), dtype='bfloat16', num_devices=2, interpreters=['cam'])
+  )
+  found, whole = (json.loads((at / 'explain.json').read_text())['rows'] for at in (run, finished))
+  assert found[0]['n'] == 5
+  assert found[0]['p'] == pytest.approx(whole[0]['p'], abs=0.02)
 
 
 @pytest.mark.parametrize(

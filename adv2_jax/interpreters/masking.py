@@ -49,8 +49,8 @@ class MaskConfig(NamedTuple):
     steps: Adam iterations.
     learning_rate: of Adam.
     decay: whether the learning rate falls to 0 over the iterations, as a cosine.
-    b1: Adam's memory of the mean of the gradient.
-    b2: its memory of the square.
+    b1: Adam's decay rate of the first moment, in [0,1).
+    b2: of the second.
   """
 
   size: int = 28
@@ -230,9 +230,6 @@ def solve(
   return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
 
 
-SHARE = 0.03  # of a log-odds' unit beside one of rms
-
-
 class Landscape(NamedTuple):
   """What the attack imitates: how sure the class is under the masks that the solver meets.
 
@@ -264,26 +261,30 @@ def mask(
   looks: int = 4,
   noise: float = 0.2,
   reach: float = 1 / 3,
+  share: float = 0.03,
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
 
   The map depends on x through an optimisation. The attack makes that optimisation go the way that
   it goes on the clean image x0, so the target map is the clean image's, whatever it is told:
 
-  - it differentiates the first `unrolled` iterations: the masks after them shall be equal, in rms;
+  - it differentiates the first `unrolled` iterations: the masks after them, of x and of x0, shall
+    be equal, in rms;
   - the solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). Where
     u(m; x, t) equals u(m; x0, y) it goes the same way. Per step, `looks` masks are drawn from
     the rest of its path on the clean image, with noise about it, and |u(m; x, t) − u(m; x0, y)|,
-    averaged, is the distance; beside unrolled iterations it counts `SHARE` times.
+    averaged, is the distance; beside unrolled iterations it counts `share` times.
 
   Without unrolled iterations no solution is computed in the loop, and a step is cheap.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
-    unrolled: iterations that are differentiated; each costs 8 passes per attack step.
+    unrolled: iterations that are differentiated; each costs 8 passes per attack step, 2 of them on
+      x0 with the same jitter.
     looks: masks per attack step; each is a forward pass on x0, and one with gradient on x.
     noise: standard deviation, per cell.
-    reach: the share of the path that is looked at; what happens early decides.
+    reach: the part of the path that is looked at; what happens early decides.
+    share: what a unit of log-odds counts beside a unit of rms, where iterations are unrolled.
 
   Raises:
     InputError: a setting that makes no sense; when traced, one that does not fit the images.
@@ -314,7 +315,8 @@ def mask(
     del params
     n = len(x)
     draw = functools.partial(_draw, first=unrolled, last=c.steps * reach, looks=looks, noise=noise)
-    masks, jitter_keys = jax.vmap(draw)(keys, carry.path)
+    draw_keys, again = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    masks, jitter_keys = jax.vmap(draw)(draw_keys, carry.path)
 
     def log_odds(x: Image, y: Label) -> Array:  # [B·looks]
       repeat = lambda v: jnp.repeat(v, looks, axis=0)  # noqa: E731
@@ -325,8 +327,9 @@ def mask(
     wanted = jax.lax.stop_gradient(log_odds(carry.x, carry.label))
     apart = misfit(log_odds(x, y), wanted, bound).reshape(n, looks).mean(1)
     if unrolled:
-      m = _unrolled(clf, x, y, fold_keys(keys, 1), c, unrolled)
-      apart = losses.map_rms(m, carry.path[:, unrolled]) + SHARE * apart
+      m = _unrolled(clf, x, y, again, c, unrolled)
+      wanted = solve(clf, carry.x, carry.label, again, c, steps=unrolled).mask
+      apart = losses.map_rms(m, jax.lax.stop_gradient(wanted)) + share * apart
     return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, apart)
 
   passes = (2 * c.steps, 2 + 3 * looks + 8 * unrolled)
@@ -362,7 +365,7 @@ def _draw(
   place = (jnp.arange(looks) + jax.random.uniform(k[0], (looks,))) / looks
   masks = path[jnp.int32(first + place**2 * (last - first))]
   masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
-  masks = masks.at[0].set(path[first])  # where every solution begins, or is on its way
+  masks = masks.at[0].set(path[first])  # at first = 0: where every solution begins
   return masks, jax.random.split(k[2], looks)
 
 
@@ -382,6 +385,9 @@ def check(config: MaskConfig) -> None:
   for name in ('jitter', 'area', 'smoothness'):
     if getattr(config, name) < 0:
       raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 or more')
+  for name in ('b1', 'b2'):
+    if not 0 <= getattr(config, name) < 1:
+      raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 to less than 1')
   if not 0 <= config.start <= 1:
     raise InputError(f'mask start is {config.start}; expected 0 to 1')
   if not config.learning_rate > 0:
