@@ -129,9 +129,10 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
       points = [
         (s, max(v, floor))
         for s, v in zip(curve['step'], curve.get(name, ()), strict=False)
-        if v is not None
+        # A warm-up, like plain PGD, has no interpretation loss.
+        if v is not None and (v > 0 or name != 'interpretation')
       ]
-      if any(v > floor for _, v in points):  # plain PGD has no interpretation loss
+      if any(v > floor for _, v in points):
         axis.plot(
           *zip(*points, strict=True),
           color=colour(attack),

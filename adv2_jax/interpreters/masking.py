@@ -86,8 +86,8 @@ SCENES = MaskConfig(
 
 
 def fast(config: MaskConfig) -> MaskConfig:
-  """A quarter of the iterations, at a falling rate: an objective as low or lower on average."""
-  return config._replace(steps=max(1, config.steps // 4), decay=True)
+  """A third of the iterations, at a falling rate and with shorter memory: as low an objective."""
+  return config._replace(steps=max(1, config.steps // 3), decay=True, b1=0.5, b2=0.9)
 
 
 def usual(image_size: int) -> MaskConfig:
