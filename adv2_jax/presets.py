@@ -115,11 +115,9 @@ def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None)
   CAM's schedule. `steps_s2` shortens or stretches all legs alike.
   """
   if name == 'mask':
+    warm, total = AUTHORS_MASK
     return _authors_mask(
-      *(
-        n if given is None else given
-        for given, n in zip((steps_s1, steps_s2), AUTHORS_MASK, strict=True)
-      )
+      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2
     )
   warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
   warm = warm if steps_s1 is None else steps_s1

@@ -35,21 +35,26 @@ def define_data_flags() -> None:
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
 
 
-def define_explain_flags() -> None:
-  """What is explained, which examples, and where the results go."""
-  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
-  flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
+def define_example_flags() -> None:
+  """Which examples, on what devices, and where the results go."""
   flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
   flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
   flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
   flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')
   flags.DEFINE_string('workdir', None, 'Where to write; default: runs/<date-time>-<config hash>.')
   flags.DEFINE_integer('num_devices', None, 'Local devices to spread a batch over; default: all.')
+
+
+def define_explain_flags() -> None:
+  """What is explained, on which examples."""
+  define_example_flags()
+  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
+  flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
 
 
 def define_attack_flags() -> None:
-  """What is attacked, how, and where the results go."""
+  """What is attacked, and how."""
   define_explain_flags()
   flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')

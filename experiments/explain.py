@@ -99,12 +99,11 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
       real = shard.is_real
       for name, interpreter in setup.interpreters.items():
         bar.set_postfix_str(name)
-        if seen[name].keys() >= set(shard.id.tolist()):
-          continue
-        maps, found = look(
-          setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
-        )
-        seen[name] |= keep(path, name, {'id': shard.id, 'maps': maps} | found, real)
+        if not seen[name].keys() >= set(shard.id.tolist()):
+          maps, found = look(
+            setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
+          )
+          seen[name] |= keep(path, name, {'id': shard.id, 'maps': maps} | found, real)
         bar.update(int(real.sum()))
   shown = setup.dataset.images(examples.id[:_SHOWN])
   rows, lines, columns = [], [], [panels(shown, None)]

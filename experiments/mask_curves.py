@@ -77,8 +77,8 @@ def draw(rows: dict[str, dict[str, Any]]) -> Figure:
 
 def run(flags: dict[str, Any]) -> pathlib.Path:
   """The whole command, once the flags are known."""
-  _flags.check(flags)
   config = flags | {'target_label': 'random', 'target_map': 'benign', 'interpreters': ['mask']}
+  _flags.check(config)
   path = pathlib.Path(flags['workdir'] or default_workdir(flags))
   check_workdir(path, flags, resume=False, remedy=REMEDY)
   setup = _setup.load(config)
@@ -116,5 +116,5 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
 
 if __name__ == '__main__':
   _flags.define_data_flags()
-  _flags.define_explain_flags()
+  _flags.define_example_flags()
   _flags.start(run)

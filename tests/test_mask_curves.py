@@ -16,7 +16,7 @@ from experiments import _flags, mask_curves
 
 
 def flags(**changes):
-  defaults = flag_defaults(_flags.define_data_flags, _flags.define_explain_flags)
+  defaults = flag_defaults(_flags.define_data_flags, _flags.define_example_flags)
   return defaults | {'num_examples': 3, 'batch_size': 2, 'num_devices': 1} | changes
 
 
