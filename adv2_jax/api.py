@@ -1,6 +1,7 @@
 """The one-call front, and the host loop that every command shares: jitted chunks, nothing else."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -179,9 +180,11 @@ def attack(
     interpreter: the interpreter to deceive.
     x: f32[B,H,W,C] in [0,1], NHWC.
     target: i32[B], the class wanted.
-    target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`.
+    target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`. MASK under
+      'fast' keeps the benign one whatever is given, and says so in a warning.
     label: i32[B], the true class; None: what the classifier predicts for x.
-    epsilon: L∞ radius, 0 < ε ≤ 1.
+    epsilon: L∞ radius, 0 < ε ≤ 1; the image delivered is rounded to 8 bits, and so up to
+      ε + 0.5/255 from an x that lies on that grid, ε + 1/255 from one that does not.
     preset: 'fast', 'authors', or a `presets.Recipe`.
     key: random key; None: `jax.random.key(0)`.
     steps: steps on the joint loss; None: the preset's.
@@ -189,6 +192,10 @@ def attack(
   Raises:
     InputError: for input of wrong shape, range or type; the message says what to do.
   """
+  if not isinstance(interpreter, Interpreter):
+    raise InputError(
+      f'interpreter is {interpreter!r}; expected an Interpreter, such as adv2.interpreters.cam()'
+    )
   x = validate.images(x)
   if not 0 < epsilon <= 1:
     raise InputError(f'epsilon is {epsilon}; expected 0 < epsilon ≤ 1, such as 0.031 (8/255)')
@@ -212,6 +219,12 @@ def attack(
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
     target_map = explain(clf, interpreter, x, label, keys)
+  elif interpreter.name == 'mask' and preset == 'fast':
+    warnings.warn(
+      "MASK under preset 'fast' keeps the benign map; the target_map given serves for figures "
+      "only, preset 'authors' aims at it",
+      stacklevel=2,
+    )
   target_map = validate.target_map(target_map, map_shape)
   recipe: Recipe = (
     presets.by_name(preset, interpreter.name, steps_s2=steps) if isinstance(preset, str) else preset

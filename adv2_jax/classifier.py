@@ -7,7 +7,7 @@ are static under `jit` and are compared by identity.
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -81,7 +81,13 @@ def from_fn(
 
   def as_outputs(fn: Callable[..., Any]) -> Callable[..., Outputs]:
     def call(params: PyTree, x: Image, **kwargs: Any) -> Outputs:
-      return Outputs(*fn(params, x, **kwargs))
+      out = fn(params, x, **kwargs)
+      if not isinstance(out, tuple | list) or len(out) != 2 or not isinstance(out[1], Mapping):
+        raise InputError(
+          f'{getattr(fn, "__name__", "apply_fn")} returned {_kind(out)}; expected the pair '
+          "(logits, taps) with taps a dict, such as {'features': …}, as from apply_fn"
+        )
+      return Outputs(*out)
 
     call.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]  # keeps `act` visible
     return call
@@ -89,6 +95,11 @@ def from_fn(
   return Classifier(
     params, as_outputs(apply_fn), head_fn, surrogate_fn and as_outputs(surrogate_fn)
   )
+
+
+def _kind(value: Any) -> str:
+  inside = ', '.join(type(v).__name__ for v in value) if isinstance(value, tuple | list) else ''
+  return f'({inside})' if inside else f'a {type(value).__name__}'
 
 
 def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Array]:

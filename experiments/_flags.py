@@ -2,13 +2,13 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from absl import app, flags
 
-from adv2_jax import data, interpreters, nets
+from adv2_jax import checkpoints, data, interpreters, nets
 from adv2_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -48,7 +48,12 @@ def define_example_flags() -> None:
 def define_explain_flags() -> None:
   """What is explained, on which examples."""
   define_example_flags()
-  flags.DEFINE_list('interpreters', ['grad', 'cam'], f'Of {", ".join(interpreters.NAMES)}.')
+  flags.DEFINE_list(
+    'interpreters',
+    None,
+    f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask (unless --preset fast is asked '
+    'for another map than the benign one), and rts where there is a decoder.',
+  )
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
 
@@ -123,8 +128,26 @@ def define_bench_flags() -> None:
 
 def config() -> dict[str, Any]:
   """The command's flags, by name."""
-  found = FLAGS.flags_by_module_dict()[__name__]
-  return {flag.name: flag.value for flag in sorted(found, key=lambda f: f.name)}
+  flags_here = FLAGS.flags_by_module_dict()[__name__]
+  found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
+  if found.get('interpreters', ()) is None:
+    found['interpreters'] = default_interpreters(found)
+  return found
+
+
+def default_interpreters(c: Mapping[str, Any]) -> list[str]:
+  """Those of the method, as far as they can be attacked (or, without a preset, drawn) here."""
+  mask = [] if _mask_is_refused(c) else ['mask']
+  return ['grad', 'cam', *mask, *(['rts'] if c['decoder'] or built_in_decoder(c) else [])]
+
+
+def built_in_decoder(c: Mapping[str, Any]) -> str | None:
+  """The built-in saliency net of --model with its built-in weights; None where there is none."""
+  return checkpoints.built_in_decoder(c['model']) if c['weights'] in (None, c['model']) else None
+
+
+def _mask_is_refused(c: Mapping[str, Any]) -> bool:
+  return c.get('preset') == 'fast' and c['target_map'] != 'benign'
 
 
 def check(c: dict[str, Any]) -> None:
@@ -148,7 +171,9 @@ def check(c: dict[str, Any]) -> None:
   for name in c['interpreters']:
     if name not in interpreters.NAMES:
       interpreters.build(name)  # tells which there are
-  if 'mask' in c['interpreters'] and c.get('preset') == 'fast' and c['target_map'] != 'benign':
+  if c.get('decoder') is not None and 'rts' not in c['interpreters']:
+    raise InputError(f'--decoder {c["decoder"]}: only rts has one; add it to --interpreters')
+  if 'mask' in c['interpreters'] and _mask_is_refused(c):
     raise InputError(
       f'--target_map {c["target_map"]}: for mask, --preset fast can only keep the benign map; take '
       '--preset authors, or leave mask out of --interpreters'

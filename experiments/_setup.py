@@ -80,14 +80,13 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
 
 def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
   """RTS's, from the flag, or the built-in one that was trained for the model."""
-  model, source = config['model'], config.get('decoder')
+  model, source = config['model'], config['decoder'] or _flags.built_in_decoder(config)
   if source is None:
-    source = checkpoints.built_in_decoder(model)
-    if source is None:
-      raise InputError(
-        f'--interpreters rts: no built-in decoder for {model}; give --decoder FILE.safetensors, '
-        f'from python -m experiments.train --task rts --model {model}'
-      )
+    weights = config['weights'] or 'its weights'
+    raise InputError(
+      f'--interpreters rts: no built-in decoder for {model} with {weights}; give --decoder '
+      f'FILE.safetensors, from python -m experiments.train --task rts --model {model}'
+    )
   return checkpoints.load_decoder(source, model)
 
 

@@ -79,6 +79,12 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
   name, limit, path = config['dataset'], config['num_examples'], config['data_path']
   options = {'image_size': config['image_size']}
   if name == 'scenes':
+    for flag in ('data_path', 'test_path'):
+      if config[flag] is not None:
+        raise InputError(
+          f'--{flag} {config[flag]}: the scenes are drawn, not read; say what the file is '
+          'with --dataset packed, npz or folder'
+        )
     train = data.scenes('train', limit or NUM_SCENES, **options)
     test = data.scenes('test', **options)
     return Opened(train, train.ids), Opened(test, test.ids)

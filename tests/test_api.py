@@ -154,6 +154,8 @@ def test_keys_decide_the_noise_and_the_default_is_fixed():
     ({'key': jax.random.PRNGKey(0)}, 'typed key'),
     ({'key': jax.random.split(KEY, 3)}, 'expected one key'),
     ({'key': jax.random.split(KEY, 5)}, r'key has shape \(5,\)'),
+    ({'interpreter': 'cam'}, r"interpreter is 'cam'; expected an Interpreter, such as"),
+    ({'interpreter': adv2.interpreters.cam}, 'expected an Interpreter'),
     ({'interpreter': adv2.interpreters.grad(pool=32)}, 'pool is 32; expected 1 to 16'),
     ({'clf': tiny.classifier(pools=False)}, r'interpreters\.grad_cam'),
   ],

@@ -240,3 +240,16 @@ def test_bad_classifiers_are_told_what_to_do(what):
 def test_bad_images_for_the_check(x, message):
   with pytest.raises(InputError, match=message):
     check_classifier(tiny.classifier(), x)
+
+
+@pytest.mark.parametrize(
+  ('returned', 'message'),
+  [
+    (lambda z: z, '<lambda> returned a .*; expected the pair .logits, taps. with taps a dict'),
+    (lambda z: (z, z), r'returned \(.*, .*\); expected the pair'),
+  ],
+)
+def test_from_fn_tells_what_its_functions_must_return(returned, message):
+  clf = from_fn((), lambda p, x: returned(x.mean((1, 2))), None, lambda p, x: None)
+  with pytest.raises(InputError, match=message):
+    clf(jnp.zeros((1, 4, 4, 3)))

@@ -85,3 +85,22 @@ def test_what_is_wrong_is_the_last_line_on_stderr(ran, name, flags, message):
   assert code == 1
   assert message in err.strip().splitlines()[-1]
   assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+  ('change', 'expected'),
+  [
+    ({}, ['grad', 'cam', 'mask', 'rts']),
+    ({'weights': 'scene_resnet'}, ['grad', 'cam', 'mask', 'rts']),
+    ({'weights': 'other.npz'}, ['grad', 'cam', 'mask']),  # the decoder was not trained with these
+    ({'weights': 'other.npz', 'decoder': 'rts.safetensors'}, ['grad', 'cam', 'mask', 'rts']),
+    ({'model': 'resnet50'}, ['grad', 'cam', 'mask']),
+    ({'target_map': 'random_patch'}, ['grad', 'cam', 'rts']),
+    ({'target_map': 'random_patch', 'preset': 'authors'}, ['grad', 'cam', 'mask', 'rts']),
+  ],
+)
+def test_default_interpreters(change, expected):
+  """The four of the method, as far as they can be attacked."""
+  flags = flag_defaults(_flags.define_data_flags, _flags.define_attack_flags)
+  assert flags['interpreters'] is None
+  assert _flags.default_interpreters(flags | change) == expected

@@ -299,9 +299,10 @@ def test_the_attack_keeps_the_map():
   target = (y + 1) % tiny.CLASSES
   benign = api.explain(clf, interpreter, x, y, jax.vmap(jax.random.key)(jnp.arange(8)))
   epsilon, key = 0.2, jax.random.key(0)
-  found = api.attack(
-    clf, interpreter, x, target=target, label=y, target_map=benign, epsilon=epsilon, steps=60
-  )
+  with pytest.warns(UserWarning, match='keeps the benign map; the target_map given'):
+    found = api.attack(
+      clf, interpreter, x, target=target, label=y, target_map=benign, epsilon=epsilon, steps=60
+    )
   batch = tiny.batch(x, target, benign)
   plain, _ = api.attack_batch(presets.plain_pgd('fast'), clf, interpreter, batch, epsilon, key)
   hit = np.asarray(found.success & (tiny.outputs(clf, plain).logits.argmax(-1) == target))

@@ -104,6 +104,11 @@ def load(
       f'has {sources.IMAGENET_KEY}'
     )
   if name == 'scenes':
+    if data_path is not None:
+      raise InputError(
+        f'--data_path {data_path}: the scenes are drawn, not read; say what the file is with '
+        '--dataset packed, npz or folder'
+      )
     return _with_masks(scenes(split or 'test', **options), masks)
   if name in sources.TFDS:
     dataset = sources.prepared_tfds(name, data_path, split, label_key, **options)
