@@ -13,7 +13,8 @@ import tiny
 from conftest import PARITY, flag_defaults
 from parity.weights import numpy_weights
 
-from adv2_jax import api, checkpoints, interpreters, losses, nets, saliency, training
+from adv2_jax import api, checkpoints, interpreters, losses, metrics, nets, saliency, training
+from adv2_jax import data as datasets
 from adv2_jax.interpreters.rts import Decoder
 from adv2_jax.nets import saliency_unet
 from adv2_jax.nets.saliency_unet import SaliencyUnet, pixel_shuffle
@@ -355,3 +356,17 @@ def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message)
   with pytest.raises(InputError, match=message):
     train_command.run(flag_defaults(_flags.define_train_flags) | few | change)
   assert not (tmp_path / 'w').exists()
+
+
+def test_the_built_in_decoder_points_at_the_object():
+  """On scenes that it was not trained on, and at nothing where the class is not there."""
+  clf, data = checkpoints.load_classifier('scene_resnet'), datasets.load('scenes')
+  rts = interpreters.rts(checkpoints.load_decoder('scene_rts', 'scene_resnet'))
+  x, y = jnp.asarray(data.images(range(64)) / np.float32(255)), jnp.asarray(data.labels[:64])
+  mask = jnp.asarray(np.stack([data.mask(i) for i in range(64)]))
+  explain = jax.jit(rts.explain)
+  shown = explain(clf, x, y, jax.random.key(0))
+  absent = explain(clf, x, (y + 3) % 10, jax.random.key(0))
+  assert metrics.pointing_game(shown, mask).mean() >= 0.95
+  assert metrics.energy_inside(shown, mask).mean() >= 0.7
+  assert absent.mean() < 0.1 * shown.mean()
