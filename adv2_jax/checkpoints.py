@@ -195,10 +195,10 @@ def built_in() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted(folder.glob('*.safetensors'))}
 
 
-def built_in_decoder(black_box: str) -> str | None:
-  """Name of the built-in saliency net (RTS) for a net of the zoo; None where there is none."""
+def built_in_decoder(black_box: str, weights: str | None = None) -> str | None:
+  """Name of the saliency net of RTS for a net with its built-in weights; None: there is none."""
   name = BUILT_IN_DECODERS.get(black_box)
-  return name if name in built_in() else None
+  return name if weights in (None, black_box) and name in built_in() else None
 
 
 def resolve(source: str | os.PathLike) -> pathlib.Path:

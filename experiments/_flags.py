@@ -102,16 +102,18 @@ def define_train_flags() -> None:
   flags.DEFINE_enum('optimiser', None, ['sgd', 'adamw'], 'Default: sgd (Nesterov); rts: adamw.')
   flags.DEFINE_float('learning_rate', None, 'Peak of the one-cycle; default: 0.1; rts: 0.002.')
   flags.DEFINE_float('weight_decay', 5e-4, 'On kernels only.')
-  flags.DEFINE_float('label_smoothing', 0.02, 'Share of the target spread over all classes.')
+  flags.DEFINE_float('label_smoothing', None, 'Share of the target spread over all classes; '
+                     'default: 0.02; rts has none.')  # fmt: skip
   flags.DEFINE_string('encoder', None, 'rts: net whose features are read; default: --model.')
   flags.DEFINE_string('encoder_weights', None, 'rts: its weights; default: those of --model.')
-  flags.DEFINE_bool('train_encoder', False, 'rts: train the encoder too.')
+  flags.DEFINE_bool('train_encoder', None, 'rts: train the encoder too.')
   flags.DEFINE_integer('selector_steps', None, 'rts: of the selector alone, first; default: an '
                        'epoch.', lower_bound=0)  # fmt: skip
   flags.DEFINE_list('widths', None, 'rts: channels of the decoder, deepest first; default: a '
                     "quarter of the encoder's, 32 at least.")  # fmt: skip
-  flags.DEFINE_float('confidence', 0.0, "rts: threshold of the selector's gate.")
-  flags.DEFINE_float('fake', 0.3, 'rts: share of images asked for a class they do not show.')
+  flags.DEFINE_float('confidence', None, "rts: threshold of the selector's gate; default: 0.")
+  flags.DEFINE_float('fake', None, 'rts: share of images asked for a class they do not show; '
+                     'default: 0.3.')  # fmt: skip
 
 
 def define_bench_flags() -> None:
@@ -138,12 +140,8 @@ def config() -> dict[str, Any]:
 def default_interpreters(c: Mapping[str, Any]) -> list[str]:
   """Those of the method, as far as they can be attacked (or, without a preset, drawn) here."""
   mask = [] if _mask_is_refused(c) else ['mask']
-  return ['grad', 'cam', *mask, *(['rts'] if c['decoder'] or built_in_decoder(c) else [])]
-
-
-def built_in_decoder(c: Mapping[str, Any]) -> str | None:
-  """The built-in saliency net of --model with its built-in weights; None where there is none."""
-  return checkpoints.built_in_decoder(c['model']) if c['weights'] in (None, c['model']) else None
+  decoder = c['decoder'] or checkpoints.built_in_decoder(c['model'], c['weights'])
+  return ['grad', 'cam', *mask, *(['rts'] if decoder else [])]
 
 
 def _mask_is_refused(c: Mapping[str, Any]) -> bool:

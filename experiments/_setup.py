@@ -80,7 +80,8 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
 
 def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
   """RTS's, from the flag, or the built-in one that was trained for the model."""
-  model, source = config['model'], config['decoder'] or _flags.built_in_decoder(config)
+  model = config['model']
+  source = config['decoder'] or checkpoints.built_in_decoder(model, config['weights'])
   if source is None:
     weights = config['weights'] or 'its weights'
     raise InputError(

@@ -79,14 +79,8 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
   name, limit, path = config['dataset'], config['num_examples'], config['data_path']
   options = {'image_size': config['image_size']}
   if name == 'scenes':
-    for flag in ('data_path', 'test_path'):
-      if config[flag] is not None:
-        raise InputError(
-          f'--{flag} {config[flag]}: the scenes are drawn, not read; say what the file is '
-          'with --dataset packed, npz or folder'
-        )
+    test = data.load(name, path or config['test_path'], label_key=config['label_key'], **options)
     train = data.scenes('train', limit or NUM_SCENES, **options)
-    test = data.scenes('test', **options)
     return Opened(train, train.ids), Opened(test, test.ids)
   options['label_key'] = config['label_key']
   split = 'train' if name in data.TFDS else None
@@ -191,6 +185,9 @@ class Job(NamedTuple):
 def prepare(config: Mapping[str, Any]) -> Job:
   """Refuses whatever is wrong; makes the working directory last."""
   given = {name: value for name, value in config.items() if value is not None}
+  for other, its in DEFAULTS.items():
+    for name in sorted(its.keys() & given.keys() - DEFAULTS[config['task']].keys()):
+      raise InputError(f'--{name} {given[name]}: only --task {other} has it')
   c = {**dict.fromkeys(config), **DEFAULTS[config['task']], **given}
   for name in ('mean', 'std'):
     _flags.floats(c[name], name)
@@ -300,8 +297,18 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
 
 TASKS = {'classifier': classifier_task, 'rts': rts_task}
 DEFAULTS: dict[str, dict[str, Any]] = {
-  'classifier': {'optimiser': 'sgd', 'learning_rate': 0.1},
-  'rts': {'optimiser': 'adamw', 'learning_rate': 2e-3},
+  'classifier': {'optimiser': 'sgd', 'learning_rate': 0.1, 'label_smoothing': 0.02},
+  'rts': {
+    'optimiser': 'adamw',
+    'learning_rate': 2e-3,
+    'encoder': None,
+    'encoder_weights': None,
+    'train_encoder': False,
+    'selector_steps': None,
+    'widths': None,
+    'confidence': 0.0,
+    'fake': 0.3,
+  },
 }
 
 

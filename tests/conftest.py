@@ -62,6 +62,35 @@ def finished(victim, tmp_path_factory):
   return cli.run(victim, tmp_path_factory.mktemp('runs') / 'whole', **cli.WHOLE)
 
 
+@pytest.fixture(scope='session')
+def tensors():
+  """Weights of a scene_resnet that float16 holds exactly."""
+  from parity.weights import numpy_weights
+  from weights_help import zoo_shapes
+
+  made = numpy_weights(zoo_shapes('scene_resnet'), seed=3)
+  return {name: t.astype('float16').astype('float32') for name, t in made.items()}
+
+
+@pytest.fixture(scope='session')
+def variables(tensors):
+  """The same, as the module takes them."""
+  from adv2_jax import checkpoints, nets
+
+  return checkpoints.load_variables(nets.build('scene_resnet'), tensors)
+
+
+@pytest.fixture
+def builtin(tmp_path, monkeypatch):
+  """An installed package's folder of built-in weights, empty."""
+  from adv2_jax import checkpoints
+
+  monkeypatch.setattr(checkpoints, '_PACKAGE', tmp_path / 'adv2_jax')
+  folder = tmp_path / 'adv2_jax' / '_builtin'
+  folder.mkdir(parents=True)
+  return folder
+
+
 @pytest.fixture
 def key():
   return jax.random.key(0)

@@ -28,7 +28,7 @@ from experiments import attack
     ({'interpreters': ['cam', 'cam']}, 'expected distinct names'),
     ({'dataset': 'mnist'}, 'mnist.*scenes'),
     ({'data_path': 'nowhere.npz'}, '--data_path nowhere.npz does not exist'),
-    ({'dataset': 'scenes'}, r'--data_path .*data.npz: the scenes are drawn, not read'),
+    ({'dataset': 'scenes'}, r'data.npz: the scenes are drawn, not read'),
     ({'decoder': 'rts.safetensors'}, '--decoder rts.safetensors: only rts has one'),
     ({'data_path': None}, '--dataset npz needs --data_path'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),

@@ -348,6 +348,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'fake': 1.0}, '--fake is 1.0; expected 0 or more, and less than 1'),
     ({'widths': ['8']}, '--widths has 1 numbers; scene_resnet needs 2'),
     ({'widths': ['8', 'x']}, '--widths is 8,x; expected'),
+    ({'label_smoothing': 0.0}, '--label_smoothing 0.0: only --task classifier has it'),
   ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message):

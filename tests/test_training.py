@@ -271,6 +271,9 @@ def config(tmp_path):
     ({'batch_size': 64}, 'batch_size 64 is more than the'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
     ({'learning_rate': 0.0}, 'learning_rate 0.0 is not positive'),
+    ({'encoder': 'resnet18'}, '--encoder resnet18: only --task rts has it'),
+    ({'dataset': 'scenes'}, 'a.npz: the scenes are drawn, not read'),
+    ({'dataset': 'scenes', 'data_path': None, 'test_path': 'b.npz'}, 'b.npz: the scenes are drawn'),
   ],
 )
 def test_the_command_names_what_is_wrong(config, monkeypatch, change, message):

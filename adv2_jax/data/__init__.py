@@ -106,8 +106,8 @@ def load(
   if name == 'scenes':
     if data_path is not None:
       raise InputError(
-        f'--data_path {data_path}: the scenes are drawn, not read; say what the file is with '
-        '--dataset packed, npz or folder'
+        f'{data_path}: the scenes are drawn, not read; say what the file is with --dataset packed, '
+        'npz or folder'
       )
     return _with_masks(scenes(split or 'test', **options), masks)
   if name in sources.TFDS:
