@@ -169,7 +169,7 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: int = 0)
 
   def init(batch: Batch, delta: PyTree | None = None) -> BestState:
     inner = attack.init(batch, delta)
-    return BestState(inner, inner.delta, jnp.full(len(batch.x), jnp.inf))
+    return BestState(inner, inner.delta, jnp.full(len(batch.x), jnp.inf, jnp.float32))
 
   def step(batch: Batch, state: BestState) -> tuple[BestState, Snapshot]:
     inner, snapshot = attack.step(batch, state.inner)

@@ -590,7 +590,7 @@ padding-top:.35rem;margin-top:.5rem}
 .cards b{color:var(--fg);font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:.4rem .55rem;text-align:right;white-space:nowrap;
+th,td{padding:.4rem .45rem;text-align:right;white-space:nowrap;
 border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{color:var(--soft);font-weight:600;cursor:help;white-space:normal;vertical-align:bottom;

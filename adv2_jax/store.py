@@ -342,7 +342,8 @@ def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
-    raise StoreError(f'{path.parent} {otherwise}') from None
+    known = path.parent.is_dir()
+    raise StoreError(f'{path.parent} {otherwise if known else "does not exist"}') from None
   except (OSError, ValueError) as error:
     raise StoreError(f'{path} {otherwise} ({error})') from None
 

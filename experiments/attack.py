@@ -172,15 +172,19 @@ class Run(NamedTuple):
     extras: dict[str, Any] | None = None,
   ) -> None:
     """Scores 8-bit images and writes those examples that are not done yet."""
+    keys = shard.keys if keys is None else keys
+    clf, interpreter = self.setup.clf, self.setup.interpreters[name]
+    if maps is None:  # made here, or `score` would be compiled with and without making them
+      maps = two_class_maps(clf, interpreter, x8, shard.label, shard.batch.target, keys)
     scores, fresh = score(
-      self.setup.clf,
-      self.setup.interpreters[name],
+      clf,
+      interpreter,
       shard.batch.x,
       x8,
       shard.label,
       shard.batch.target,
       wanted,
-      shard.keys if keys is None else keys,
+      keys,
       epsilon=self.setup.config['epsilon'],
       mask=shard.mask,
       clean_maps=clean,

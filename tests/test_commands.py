@@ -24,7 +24,7 @@ WRONG = [
   ('evaluate', ('--workdir=w', 'extra'), "unexpected argument 'extra'"),
   ('attack', ('--preset=quick',), '--preset=quick'),
   ('evaluate', (), '--workdir'),
-  ('evaluate', ('--workdir=w',), 'w has no metrics.json: the run is not finished'),
+  ('evaluate', ('--workdir=w',), 'w does not exist'),
   ('train', ('--batch_size=0',), '--batch_size=0'),
   ('train', ('--mean=0.5',), '--mean is 0.5; expected three finite numbers'),
   ('bench', ('--dtype=int8',), '--dtype=int8'),

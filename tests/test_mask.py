@@ -216,7 +216,7 @@ def test_the_path_is_the_solver_s():
 
 def test_the_masks_looked_at_are_about_the_path_and_begin_where_it_begins():
   path = jnp.linspace(0.2, 0.8, 50).reshape(-1, 1, 1) * jnp.ones((50, 4, 4))
-  draw = jax.jit(lambda key, noise: M._draw(key, path, first=0, last=50.0, looks=4, noise=noise)[0])
+  draw = jax.jit(lambda key, noise: M._draw(key, path, last=50.0, looks=4, noise=noise)[0])
   exact = draw(jax.random.key(0), 0.0)
   np.testing.assert_array_equal(exact[0], path[0])
   places = [int(np.argmin(np.abs(path[:, 0, 0] - m[0, 0]))) for m in exact]
@@ -227,9 +227,8 @@ def test_the_masks_looked_at_are_about_the_path_and_begin_where_it_begins():
   np.testing.assert_array_equal(draw(jax.random.key(3), 0.1), draw(jax.random.key(3), 0.1))
 
 
-@pytest.mark.parametrize('unrolled', [0, 6])
-def test_nothing_is_amiss_on_the_clean_image_and_its_own_class(unrolled):
-  interpreter = interpreters.mask(SMALL, unrolled=unrolled)
+def test_nothing_is_amiss_on_the_clean_image_and_its_own_class():
+  interpreter = interpreters.mask(SMALL)
   own = tiny.outputs(CLF, X).logits.argmax(-1)
   distance = jax.jit(
     lambda clf, x, y: (
@@ -239,48 +238,6 @@ def test_nothing_is_amiss_on_the_clean_image_and_its_own_class(unrolled):
   np.testing.assert_allclose(distance(CLF, X, own), 0, atol=2e-5)  # map_rms never says 0
   assert float(distance(CLF, X, (own + 1) % tiny.CLASSES).min()) > 0.1
   assert float(distance(CLF, 1 - X, own).min()) > 1e-3
-
-
-def test_unrolling_looks_at_the_mask_after_so_many_iterations():
-  """Where log-odds count for nothing the distance is that of the mask, and so is its gradient."""
-  n = 7
-  interpreter = interpreters.mask(SMALL, unrolled=n, looks=1, share=0.0)
-  own = tiny.outputs(CLF, X).logits.argmax(-1)
-  other = (own + 1) % tiny.CLASSES
-  clean = solve(CLF, X, own, KEYS, SMALL, steps=n).mask
-
-  @jax.jit
-  def value_and_gradient(clf, x):
-    carry = interpreter.begin(clf, X, other, None, KEYS)
-
-    def total(x):
-      seen = interpreter.unroll(clf, x, other, carry, KEYS).distance
-      return seen.sum(), seen
-
-    return jax.grad(total, has_aux=True)(x)
-
-  @jax.jit
-  def expected(clf, x):
-    def total(x):
-      m = M.solve(clf, x, other, KEYS, SMALL, steps=n).mask
-      seen = jnp.sqrt(jnp.mean((m - clean) ** 2, (1, 2)))
-      return seen.sum(), seen
-
-    return jax.grad(total, has_aux=True)(x)
-
-  gradient, distance = value_and_gradient(CLF, 1 - X)
-  wanted_gradient, wanted = expected(CLF, 1 - X)
-  assert float(wanted.min()) > 1e-3
-  np.testing.assert_allclose(distance, wanted, rtol=1e-4)
-  apart = np.linalg.norm(gradient - wanted_gradient)
-  assert apart < 1e-3 * np.linalg.norm(wanted_gradient)
-  assert interpreter.passes[1] == 2 + 3 + 8 * n
-
-
-@pytest.mark.parametrize('unrolled', [-1, 14])
-def test_only_iterations_that_are_looked_at_can_be_unrolled(unrolled):
-  with pytest.raises(InputError, match=f'unrolled is {unrolled}; expected 0 to less than 13.3'):
-    interpreters.mask(SMALL, unrolled=unrolled)
 
 
 def test_misfit_by_hand():

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
 def test_the_ends_of_a_curve_recomputed(finished):
   found = json.loads((finished / 'curves.json').read_text())['solvers']
   assert list(found) == ['published', 'fast', 'usual']
-  assert [row['steps'] for row in found.values()] == [300, 100, 100]
+  assert [row['steps'] for row in found.values()] == [300, 100, 50]
   clf, data = adv2.load_classifier('scene_resnet'), adv2.data.load('scenes')
   x, y = jnp.asarray(data.images(range(3)) / np.float32(255)), jnp.asarray(data.labels[:3], int)
   keys, c = metrics.judge_keys(0, np.arange(3)), masking.SCENES

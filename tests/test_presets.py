@@ -181,15 +181,30 @@ def test_the_warm_start_is_plain_and_steps_by_one_level():
 
 
 @pytest.mark.parametrize('name', interpreters.FACTORIES)
-def test_maps_that_must_be_made_afresh_are_checked_as_rarely_as_grad_s(name):
+def test_maps_that_must_be_made_afresh_are_checked_rarely_and_random_ones_never(name):
   interpreter = interpreters.build(name)
+  assert interpreter.random == (name in ('mask', 'smooth_grad'))
   recipe = presets.by_name('fast', name)
   joint, n = recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), KEY)[-1]
   settings = presets.FAST.get(name, presets.FAST['cam' if interpreter.exact else 'grad'])
   assert n == settings.steps
   check, step = interpreter.passes
-  checks = 0 if interpreter.exact or not settings.every else 20 // settings.every
+  checks = 0 if interpreter.exact or interpreter.random else 20 // settings.every
   assert joint.passes(20) == interpreter.begin_passes + 20 * step + checks * check
+
+
+@pytest.mark.parametrize('name', ['input_x_gradient', 'grad'])
+@pytest.mark.parametrize('preset', ['fast', 'authors'])
+def test_a_step_keeps_the_type_of_its_state(preset, name):
+  """Weak types too: else the host's second chunk would be compiled anew."""
+  interpreter = interpreters.build(name)
+  for recipe in (presets.by_name(preset, name), presets.plain_pgd(preset)):
+    for attack, _ in recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), KEY):
+      state = jax.eval_shape(lambda clf, attack=attack: attack.init(BATCH), CLF)
+      after = jax.eval_shape(lambda state, attack=attack: attack.step(BATCH, state)[0], state)
+      assert jax.tree.map(str, after) == jax.tree.map(str, state)
+      weak = [[v.weak_type for v in jax.tree.leaves(tree)] for tree in (state, after)]
+      assert weak[0] == weak[1]
 
 
 # --- all recipes ----------------------------------------------------------------------------------
