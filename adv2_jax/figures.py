@@ -188,7 +188,7 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         x = i + (k - (len(attacks) - 1) / 2) * width
         axis.bar(x, height, width * 0.9, color=colour(attack))
         axis.annotate(
-          f'{height:.3f}' if field == 'map_l1' else f'{height:.2f}',
+          f'{height:.{3 if field == "map_l1" else 2}f}'.lstrip('0'),
           (x, height),
           xytext=(0, 2),
           textcoords='offset points',

@@ -246,6 +246,17 @@ def test_misfit_by_hand():
   np.testing.assert_allclose(M.misfit(u, wanted, 6.0), [2, 0, 1, 0, 1, 15])
 
 
+@pytest.mark.parametrize(('jitter', 'solved'), [(0, 2), (1, 2), (2, 0)])
+def test_only_a_map_without_chance_is_solved_to_choose_the_iterate(jitter, solved):
+  """One solved with other random numbers than the judge's would not tell which is closest."""
+  interpreter = interpreters.mask(SMALL._replace(jitter=jitter))
+  recipe = presets.fast('mask')
+  schedule = recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), jax.random.key(0))
+  attack, _ = schedule[-1]
+  spent = interpreter.begin_passes + 20 * interpreter.passes[1]
+  assert attack.passes(20) == spent + solved * 2 * SMALL.steps
+
+
 def test_the_attack_keeps_the_map():
   """On a linear classifier, where all that the solver sees can be imitated; judged by solving."""
   clf = tiny.linear_classifier(size=16)
