@@ -221,8 +221,8 @@ def attack(
     target_map = explain(clf, interpreter, x, label, keys)
   elif interpreter.name == 'mask' and preset == 'fast':
     warnings.warn(
-      "MASK under preset 'fast' keeps the benign map; the target_map given serves for figures "
-      "only, preset 'authors' aims at it",
+      "MASK under preset 'fast' keeps the benign map; the target_map given is not aimed at: take "
+      "preset 'authors' for that",
       stacklevel=2,
     )
   target_map = validate.target_map(target_map, map_shape)

@@ -216,7 +216,7 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
       balance=lambda l_prd: jnp.exp(-l_prd),
       distance=losses.map_rms,
     )
-    # A dear and random map would be judged with other random numbers than the judge's.
+    # A map that is dear and random would be made with other random numbers than the judge's.
     if interpreter.exact or not interpreter.random:
       score = closest_map(
         clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02

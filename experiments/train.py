@@ -79,6 +79,7 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
   name, limit, path = config['dataset'], config['num_examples'], config['data_path']
   options = {'image_size': config['image_size']}
   if name == 'scenes':
+    # `load` refuses files and other label arrays, which the scenes do not have.
     test = data.load(name, path or config['test_path'], label_key=config['label_key'], **options)
     train = data.scenes('train', limit or NUM_SCENES, **options)
     return Opened(train, train.ids), Opened(test, test.ids)

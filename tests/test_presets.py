@@ -203,8 +203,6 @@ def test_a_step_keeps_the_type_of_its_state(preset, name):
       state = jax.eval_shape(lambda clf, attack=attack: attack.init(BATCH), CLF)
       after = jax.eval_shape(lambda state, attack=attack: attack.step(BATCH, state)[0], state)
       assert jax.tree.map(str, after) == jax.tree.map(str, state)
-      weak = [[v.weak_type for v in jax.tree.leaves(tree)] for tree in (state, after)]
-      assert weak[0] == weak[1]
 
 
 # --- all recipes ----------------------------------------------------------------------------------

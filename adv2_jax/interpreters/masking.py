@@ -71,7 +71,7 @@ class MaskConfig(NamedTuple):
 CIFAR = MaskConfig(size=8, jitter=2, area=1e-3, smoothness=1e-1, blur=5, mask_blur=3)
 # For 64 px, ours: the object is large in the image, so its blur must be wide to destroy the class;
 # from an empty mask, the cells that may come back do so. With short memory and a falling rate 50
-# iterations get as low as 100 of the usual Adam. Cells of 5 px, softly joined, need no jitter
+# iterations suffice (`experiments.mask_curves`). Cells of 5 px, softly joined, need no jitter
 # against fine structure: the maps are deterministic.
 SCENES = MaskConfig(
   size=12,
@@ -90,7 +90,7 @@ SCENES = MaskConfig(
 
 
 def fast(config: MaskConfig) -> MaskConfig:
-  """A third of the iterations, at a falling rate and with shorter memory: as low an objective."""
+  """A third of the iterations, a falling rate, shorter memory: about as low an objective."""
   return config._replace(steps=max(1, config.steps // 3), decay=True, b1=0.5, b2=0.9)
 
 
@@ -272,7 +272,7 @@ def mask(
   solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). Where u(m; x, t)
   equals u(m; x0, y) it goes the same way. Per step, `looks` masks are drawn from its path on the
   clean image, with noise about it, and |u(m; x, t) − u(m; x0, y)|, averaged, is the distance. No
-  solution is computed in the loop, and a step is cheap.
+  solution is differentiated, and a step is cheap.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
