@@ -219,7 +219,7 @@ def scatter(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     axis.set_title(interpreter.upper())
     axis.set_xlabel('map L1 under PGD')
     below = float((up < across).mean())
-    note = f'ADV² closer to the target\nmap in {below:.0%} of {len(points)}'
+    note = f'ADV² closer to the target\nmap in {below:.0%} of all {len(points)}'
     axis.text(0.04, 0.96, note, transform=axis.transAxes, va='top', fontsize=8)
   axes[0].set_ylabel('map L1 under ADV²')
   if not pairs:

@@ -8,7 +8,7 @@ the host by `aggregate`, from the records of real examples.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -318,49 +318,38 @@ def judge_keys(seed: int, ids: Array | np.ndarray, again: bool = False) -> Key:
 
 def score(
   clf: Classifier,
-  interpreter: Interpreter,
   x0: Image,
   x8: Image,
-  y: Label,
   target: Label,
   target_map: Map,
-  key: Key,
+  clean_maps: Array,
+  maps: Array,
   *,
   epsilon: float,
+  attacked: bool | Array = True,
   mask: Array | None = None,
-  clean_maps: Array | None = None,
-  maps: Array | None = None,
-  shown: Literal['target', 'label'] = 'target',
-) -> tuple[dict[str, Array], Map]:
+) -> dict[str, Array]:
   """Judges 8-bit images by the real network and fresh maps; every field of a record.
 
   Args:
     clf: the classifier.
-    interpreter: the one whose maps are judged.
     x0: the clean images on the 8-bit grid, f32[B,H,W,C].
     x8: the images to judge, on the same grid.
-    y: the true class.
     target: the class the attack wants.
     target_map: the map the analyst is to see.
-    key: one key per example, [B], the same for every image state; or one for all.
+    clean_maps: `two_class_maps` of x0.
+    maps: the same of x8, with the same labels.
     epsilon: L∞ bound of the perturbation set.
+    attacked: whether the analyst sees the target explained, and not the true class, as for an image
+      that was not attacked. Success and confidence are always of the target. May be traced.
     mask: bool[B,H,W], the true object, for the localisation fields.
-    clean_maps: `two_class_maps` of x0 with the same labels and key, when already at hand; saves
-      half of the explanations.
-    maps: the same of x8.
-    shown: which class the analyst sees and asks to have explained: for an image that was not
-      attacked it is the true one. Success and confidence are always of the target.
 
   Returns:
-    ({field: [B]}, the fresh maps of the class shown). Fields: prediction, confidence, success,
-    the map fields, linf, l2, out_of_set and nonfinite. nonfinite marks a logit, pixel or map value
-    that is not a number or infinite; such an example is never a success.
+    {field: [B]}. Fields: prediction, confidence, success, the map fields, linf, l2, out_of_set and
+    nonfinite. nonfinite marks a logit, pixel or map value that is not a number or infinite; such an
+    example is never a success.
   """
-  if clean_maps is None:
-    clean_maps = two_class_maps(clf, interpreter, x0, y, target, key)
-  if maps is None:
-    maps = two_class_maps(clf, interpreter, x8, y, target, key)
-  fresh = maps[('label', 'target').index(shown)]
+  fresh = jnp.where(attacked, maps[1], maps[0])
   logits = clf(x8).logits
   nonfinite = ~(
     jnp.isfinite(logits).all(-1) & jnp.isfinite(x8).all((1, 2, 3)) & jnp.isfinite(fresh).all((1, 2))
@@ -386,7 +375,7 @@ def score(
       'pointing_game': pointing_game(fresh, mask),
       'energy_inside': energy_inside(fresh, mask),
     }
-  return scores, fresh
+  return scores
 
 
 # On the host.

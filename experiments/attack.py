@@ -38,7 +38,7 @@ from adv2_jax.types import Array, InputError, Interpreter, Key, Map
 from experiments import _flags, _setup, _targets
 
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
-score = jax.jit(metrics.score, static_argnames='shown')
+score = jax.jit(metrics.score)
 two_class_maps = jax.jit(metrics.two_class_maps)
 
 
@@ -174,23 +174,22 @@ class Run(NamedTuple):
     """Scores 8-bit images and writes those examples that are not done yet."""
     keys = shard.keys if keys is None else keys
     clf, interpreter = self.setup.clf, self.setup.interpreters[name]
-    if maps is None:  # made here, or `score` would be compiled with and without making them
+    if maps is None:
       maps = two_class_maps(clf, interpreter, x8, shard.label, shard.batch.target, keys)
-    scores, fresh = score(
+    attacked = attack not in store.NOT_PERTURBED
+    scores = score(
       clf,
-      interpreter,
       shard.batch.x,
       x8,
-      shard.label,
       shard.batch.target,
       wanted,
-      keys,
+      clean,
+      maps,
       epsilon=self.setup.config['epsilon'],
+      attacked=attacked,
       mask=shard.mask,
-      clean_maps=clean,
-      maps=maps,
-      shown='label' if attack in store.NOT_PERTURBED else 'target',
     )
+    fresh = maps[int(attacked)]
     keep = shard.is_real & ~np.isin(shard.id, list(self.done[attack, name]))
     arrays = {map_folder(attack, name): fresh, image_folder(attack, name): images.to_uint8(x8)}
     if attack == 'benign':

@@ -9,14 +9,16 @@ The rows 'again' and 'other' are left out, for their maps and images are not kep
 pointing game and energy inside, unless masks/ is there.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax import images, metrics, report, store
+from adv2_jax import images, metrics, store
 from adv2_jax.classifier import Classifier
+from adv2_jax.results import Results, read_results
 from adv2_jax.types import Array, InputError, Interpreter
 from experiments import _flags, _setup, attack
 
@@ -41,7 +43,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
     StoreError: there is no finished run.
     Disagreement: an example's record, a stored map or a row says something else.
   """
-  results = report.read_results(workdir)
+  results = read_results(workdir)
   clf, built = _setup.models(results.config)
   rows = []
   for name, interpreter in built.items():
@@ -64,7 +66,7 @@ def _batches(ids: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def _judge(
-  results: report.Results,
+  results: Results,
   clf: Classifier,
   interpreter: Interpreter,
   name: str,
@@ -76,18 +78,25 @@ def _judge(
   said = [results.examples[kind, name, i] for i in padded]
   label, target = (jnp.array([int(s[k]) for s in said]) for k in ('label', 'target'))
   clean = _images(results, 'benign', name, padded)
-  scores, fresh = attack.score(
+  x8 = clean if kind == 'benign' else _images(results, kind, name, padded)
+  keys = metrics.judge_keys(results.config['seed'], padded)
+  maps_of = functools.partial(
+    attack.two_class_maps, clf, interpreter, y=label, target=target, key=keys
+  )
+  clean_maps = maps_of(x=clean)
+  maps = clean_maps if kind == 'benign' else maps_of(x=x8)
+  attacked = kind not in store.NOT_PERTURBED
+  scores = attack.score(
     clf,
-    interpreter,
     clean,
-    _images(results, kind, name, padded),
-    label,
+    x8,
     target,
     _maps(results, 'target', name, padded),
-    metrics.judge_keys(results.config['seed'], padded),
+    clean_maps,
+    maps,
     epsilon=results.config['epsilon'],
+    attacked=attacked,
     mask=_masks(results, padded, clean.shape[1:3]),
-    shown='label' if kind in store.NOT_PERTURBED else 'target',
   )
   is_real = np.arange(len(padded)) < len(ids)
   records = store.as_records(scores, is_real, id=padded, label=label, target=target)
@@ -95,7 +104,8 @@ def _judge(
     if record['out_of_set']:
       image = f'{store.image_folder(kind, name)}/{record["id"]:06d}.png'
       raise Disagreement(f'{image} is outside of the perturbation set around its benign image')
-  _compare_maps(np.asarray(fresh), _maps(results, kind, name, padded), kind, name, ids)
+  fresh, stored = np.asarray(maps[int(attacked)]), _maps(results, kind, name, padded)
+  _compare_maps(fresh, stored, kind, name, ids)
   for record, one in zip(records, said, strict=False):
     where = f'{kind}/{name}, example {record["id"]}'
     for field in ('prediction', 'success', 'confidence', 'map_l1', 'map_iou'):
@@ -103,13 +113,13 @@ def _judge(
   return records
 
 
-def _images(results: report.Results, kind: str, name: str, ids: Sequence[int]) -> Array:
+def _images(results: Results, kind: str, name: str, ids: Sequence[int]) -> Array:
   files = [f'{store.image_folder(kind, name)}/{i:06d}.png' for i in ids]
   found = _stack([results.image(kind, name, i) for i in ids], files)
   return jnp.asarray(images.from_uint8(found))
 
 
-def _maps(results: report.Results, kind: str, name: str, ids: Sequence[int]) -> Array:
+def _maps(results: Results, kind: str, name: str, ids: Sequence[int]) -> Array:
   files = [f'{store.map_folder(kind, name)}/{i:06d}.npy' for i in ids]
   return jnp.asarray(_stack([results.map(kind, name, i) for i in ids], files))
 
@@ -125,7 +135,7 @@ def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndar
   return np.stack(found)
 
 
-def _masks(results: report.Results, ids: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+def _masks(results: Results, ids: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
   """The objects; empty where there are none, which leaves the localisation fields empty."""
   files = [results.path / 'masks' / f'{i:06d}.png' for i in ids]
   return np.stack(

@@ -1,6 +1,7 @@
 """experiments.evaluate agrees with an honest run, and names what was tampered with."""
 
 import csv
+import functools
 import json
 import shutil
 import subprocess
@@ -50,15 +51,19 @@ def honest(tmp_path_factory):
     keys = metrics.judge_keys(config['seed'], ids)
     x0 = jnp.asarray(images.from_uint8(clean[ids]))
     y, t = jnp.asarray(label[ids]), jnp.asarray(target[ids])
-    wanted = attack.two_class_maps(clf, built['cam'], x0, y, t, keys)[0]
+    two = functools.partial(attack.two_class_maps, clf, built['cam'], y=y, target=t, key=keys)
+    clean_maps = two(x=x0)
+    wanted = clean_maps[0]
     for kind, pictures in (('benign', clean), ('adv2', attacked)):
-      scores, maps = attack.score(
-        clf, built['cam'], x0, jnp.asarray(images.from_uint8(pictures[ids])), y, t, wanted, keys,
-        epsilon=0.031, mask=masks[ids], shown='label' if kind == 'benign' else 'target',
+      x8, is_attacked = jnp.asarray(images.from_uint8(pictures[ids])), kind == 'adv2'
+      maps = two(x=x8)
+      scores = attack.score(
+        clf, x0, x8, t, wanted, clean_maps, maps,
+        epsilon=0.031, attacked=is_attacked, mask=masks[ids],
       )  # fmt: skip
       arrays = {
         store.image_folder(kind, 'cam'): pictures[ids],
-        store.map_folder(kind, 'cam'): np.asarray(maps),
+        store.map_folder(kind, 'cam'): np.asarray(maps[int(is_attacked)]),
       }
       if kind == 'benign':
         arrays['maps/target/cam'] = np.asarray(wanted)

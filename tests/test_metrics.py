@@ -298,11 +298,12 @@ def test_score_is_what_its_parts_say(bench, key):
   keys = types.example_keys(key, 5)
   target_map = interpreter.explain(clf, x0, y, keys)
   mask = jnp.zeros((5, 16, 16), bool).at[:4, 4:9, 2:12].set(True)
-  judge = jax.jit(lambda *args: metrics.score(clf, interpreter, *args, epsilon=0.031, mask=mask))
-  scores, fresh = judge(x0, x8, y, target, target_map, keys)
+  clean, maps = (metrics.two_class_maps(clf, interpreter, x, y, target, keys) for x in (x0, x8))
+  judge = jax.jit(functools.partial(metrics.score, clf, epsilon=0.031))
+  scores = judge(x0, x8, target, target_map, clean, maps, mask=mask)
 
   expected = interpreter.explain(clf, x8, target, keys)
-  np.testing.assert_allclose(fresh, expected, atol=1e-5)
+  np.testing.assert_allclose(maps[1], expected, atol=1e-5)
   logits = clf(x8).logits
   np.testing.assert_array_equal(scores['prediction'], logits.argmax(-1))
   np.testing.assert_array_equal(scores['success'], logits.argmax(-1) == target)
@@ -318,11 +319,7 @@ def test_score_is_what_its_parts_say(bench, key):
   assert not np.any(scores['nonfinite'])
   assert np.isnan(scores['energy_inside'][4])
 
-  clean = metrics.two_class_maps(clf, interpreter, x0, y, target, keys)
-  again, _ = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))(
-    x0, x8, y, target, target_map, keys, clean_maps=clean
-  )
-  np.testing.assert_allclose(again['two_class_l1'], scores['two_class_l1'], atol=1e-5)
+  again = judge(x0, x8, target, target_map, clean, maps)
   assert 'pointing_game' not in again
 
 
@@ -330,12 +327,15 @@ def test_clean_image_scores_as_itself(bench, key):
   clf, interpreter, x0, _, y, target = bench
   keys = types.example_keys(key, 5)
   target_map = interpreter.explain(clf, x0, y, keys)
-  judge = jax.jit(functools.partial(metrics.score, clf, interpreter, shown='label', epsilon=0.031))
-  scores, fresh = judge(x0, x0, y, target, target_map, keys)
+  maps = metrics.two_class_maps(clf, interpreter, x0, y, target, keys)
+  judge = jax.jit(functools.partial(metrics.score, clf, epsilon=0.031))
+  scores = judge(x0, x0, target, target_map, maps, maps, attacked=False)
   assert not np.any(scores['success'])  # it is y that is predicted, not the target
-  np.testing.assert_allclose(fresh, target_map, atol=1e-5)
   for name, value in {'map_l1': 0, 'two_class_l1': 0, 'linf': 0, 'map_iou': 1}.items():
     np.testing.assert_allclose(scores[name], value, atol=1e-5)
+  as_target = judge(x0, x0, target, target_map, maps, maps, attacked=True)
+  np.testing.assert_allclose(as_target['map_l1'], metrics.map_l1(maps[1], maps[0]), atol=1e-5)
+  assert judge._cache_size() == 1  # attacked or not, it is one program
 
 
 def test_judge_keys_belong_to_examples_and_seeds():
@@ -350,16 +350,21 @@ def test_score_is_equivariant_and_marks_nonfinite(bench, key):
   clf, interpreter, x0, x8, y, target = bench
   keys = types.example_keys(key, 5)
   target_map = interpreter.explain(clf, x0, y, keys)
+
+  @jax.jit
+  def judge(x0, x8, y, target, target_map, keys):
+    two = [metrics.two_class_maps(clf, interpreter, x, y, target, keys) for x in (x0, x8)]
+    return metrics.score(clf, x0, x8, target, target_map, *two, epsilon=0.031)
+
   arrays = (x0, x8, y, target, target_map, keys)
-  judge = jax.jit(functools.partial(metrics.score, clf, interpreter, epsilon=0.031))
-  scores, _ = judge(*arrays)
+  scores = judge(*arrays)
   order = jnp.array([4, 2, 0, 1, 3])
-  moved, _ = judge(*(a[order] for a in arrays))
+  moved = judge(*(a[order] for a in arrays))
   for name, value in scores.items():
     np.testing.assert_allclose(moved[name], value[order], atol=1e-5, err_msg=name)
 
   broken = x8.at[2, 0, 0, 0].set(jnp.nan)
-  marked, _ = judge(x0, broken, *arrays[2:])
+  marked = judge(x0, broken, *arrays[2:])
   np.testing.assert_array_equal(marked['nonfinite'], [False, False, True, False, False])
   assert not marked['success'][2]
   others = np.array([0, 1, 3, 4])
