@@ -180,7 +180,7 @@ class Workdir(NamedTuple):
       StoreError: see `check_workdir`.
     """
     check_workdir(path, config, resume)
-    workdir = cls(pathlib.Path(path), plain(config))
+    workdir = cls(_normal(path), plain(config))
     workdir.write_json('config.json', config)
     with writing(workdir.path):
       workdir._recover()
@@ -359,7 +359,7 @@ def check_workdir(
     StoreError: the directory holds something and `resume` is False; with `resume`, a flag that
       changes results differs, or what is there is no run; it cannot be written.
   """
-  path = pathlib.Path(path)
+  path = _normal(path)
   with writing(path, remedy or RESUME):
     if path.exists() and not path.is_dir():
       raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
@@ -370,6 +370,11 @@ def check_workdir(
       _refuse_other_config(path, plain(config))
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     tempfile.TemporaryFile(dir=there).close()
+
+
+def _normal(path: str | os.PathLike) -> pathlib.Path:
+  """Without '..', or a/../b would be another directory once `a` is made."""
+  return pathlib.Path(os.path.normpath(path))
 
 
 def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:

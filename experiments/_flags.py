@@ -1,5 +1,6 @@
 """The flags of all commands; each calls the `define_…` functions it needs, then `start`."""
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -199,6 +200,8 @@ def start(main: Callable[[dict[str, Any]], Any]) -> None:
       sys.exit(0)
 
   def command(argv: list[str]) -> None:
+    # absl makes all loggers speak up; that there is no TPU would look like an error.
+    logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
     if len(argv) > 1:
       sys.exit(f'unexpected argument {argv[1]!r}')
     try:

@@ -105,7 +105,8 @@ def load(config: dict[str, Any]) -> Setup:
     skip_corrupt=config['skip_corrupt'],
   )
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
-  dataset.check_classes(shape[-1])
+  card = checkpoints.read_card(checkpoints.resolve(config['weights'] or config['model']))
+  dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
   one = jax.ShapeDtypeStruct((1,), jnp.int32)
   for interpreter in built.values():  # says what does not fit this model or these images
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

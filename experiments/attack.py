@@ -135,7 +135,8 @@ class Run(NamedTuple):
       nonlocal before
       rate = f'{np.mean(hit[shard.is_real]):.2f}'
       self.bar.set_postfix_str(f'{attack} {name} step {evaluations}/{total}, success {rate}')
-      self.bar.update(n * (evaluations - before) / total)
+      # Rounding must not carry the sum of the shares beyond the total.
+      self.bar.update(min(n * (evaluations - before) / total, self.bar.total - self.bar.n))
       before = evaluations
 
     start = self.watch.start()

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from adv2_jax import images, metrics, store
 from adv2_jax.classifier import Classifier
@@ -45,19 +46,23 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
   """
   results = read_results(workdir)
   clf, built = _setup.models(results.config)
+  kept = [key for key in results.examples if key[0] not in attack.NOT_KEPT]
   rows = []
-  for name, interpreter in built.items():
-    attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]
-    found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in attack.NOT_KEPT}
-    for kind in found:
-      ids = [i for a, n, i in results.examples if (a, n) == (kind, name)]
-      for batch in _batches(sorted(ids), results.config['batch_size']):
-        found[kind] += _judge(results, clf, interpreter, name, kind, batch)
-    for kind, records in found.items():
-      attacked = kind not in store.NOT_PERTURBED
-      row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
-      _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
-      rows.append(row)
+  with tqdm.tqdm(total=len(kept), unit='img', mininterval=1) as bar:
+    for name, interpreter in built.items():
+      attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]
+      found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in attack.NOT_KEPT}
+      for kind in found:
+        bar.set_postfix_str(f'{kind} {name}')
+        ids = sorted(i for a, n, i in kept if (a, n) == (kind, name))
+        for batch in _batches(ids, results.config['batch_size']):
+          found[kind] += _judge(results, clf, interpreter, name, kind, batch)
+          bar.update(len(batch))
+      for kind, records in found.items():
+        attacked = kind not in store.NOT_PERTURBED
+        row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
+        _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
+        rows.append(row)
   return rows
 
 

@@ -88,7 +88,7 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
   train = data.load(name, path, split=split, **options)
   if config['test_path'] or split:
     test = data.load(name, config['test_path'] or path, **options)
-    test.check_classes(train.num_classes)
+    test = test.numbered_for(train.num_classes, train.class_names)
     return Opened(train, train.ids[:limit]), Opened(test, test.ids)
   ids = train.ids[:limit]
   held_out = np.random.default_rng(0).permutation(len(ids)) < max(1, len(ids) // 10)

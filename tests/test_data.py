@@ -376,9 +376,24 @@ def test_a_labels_csv_in_another_encoding_is_named(folder):
 
 def test_labels_beyond_the_classifier(folder):
   dataset = data.load('folder', folder)
-  dataset.check_classes(2)
+  assert dataset.numbered_for(2) is dataset
   with pytest.raises(InputError, match='label 1 of example 3 of folder is outside 0…0'):
-    dataset.check_classes(1)
+    dataset.numbered_for(1)
+
+
+def test_labels_follow_the_names_of_the_classifier(folder):
+  dataset = data.load('folder', folder)
+  assert dataset.numbered_for(2, ['ant', 'bee']) is dataset
+  renumbered = dataset.numbered_for(4, ['cat', 'bee', 'dog', 'ant'])
+  np.testing.assert_array_equal(renumbered.labels, [3, 3, 3, 1, 1, 1])
+  assert renumbered.class_names[3] == 'ant'
+  np.testing.assert_array_equal(renumbered.images([4]), dataset.images([4]))
+  with pytest.raises(
+    InputError, match=r"class 'bee' of folder is none of the classifier's \(ant, "
+  ):
+    dataset.numbered_for(3, ['ant', 'wasp', 'cat'])
+  with pytest.raises(InputError, match='2 named classes, the classifier 1000 without names'):
+    dataset.numbered_for(1000)
 
 
 # --- the real sets --------------------------------------------------------------------------------

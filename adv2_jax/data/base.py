@@ -121,9 +121,37 @@ class Dataset:
       raise InputError(f'data set {self.name} has no readable image: check --data_path')
     return dataclasses.replace(self, damaged=frozenset(damaged))
 
-  def check_classes(self, num_classes: int) -> None:
-    """Raises InputError if a label is beyond a classifier of `num_classes`."""
+  def numbered_for(self, num_classes: int, class_names: Sequence[str] | None = None) -> 'Dataset':
+    """The same set, its labels numbered as a classifier of `num_classes` numbers its classes.
+
+    Where both have names, a label follows its name; else the numbers are taken as they are.
+
+    Raises:
+      InputError: a label beyond the classifier's, a name it does not have, or names for some of its
+        classes only, when its own are not known.
+    """
     check_labels(self.labels, num_classes, self.name)
+    own, names = self.class_names, tuple(class_names or ())
+    if own is None or own == names:
+      return self
+    remedy = 'give a labels.csv with the columns file,label and class numbers'
+    if not names:
+      if len(own) < num_classes:
+        raise InputError(
+          f'{self.name} has {len(own)} named classes, the classifier {num_classes} without names: '
+          f'which is which cannot be told; {remedy}'
+        )
+      return self
+    strange = [name for name in own if name not in names]
+    if strange:
+      raise InputError(
+        f"class {strange[0]!r} of {self.name} is none of the classifier's "
+        f'({", ".join(names[:3])}, …): rename it, or {remedy}'
+      )
+    number = np.array([names.index(name) for name in own])
+    return dataclasses.replace(
+      self, labels=number[self.labels], num_classes=num_classes, class_names=names
+    )
 
   def _check_shape(self, i, shape, first, first_shape) -> None:
     if shape != first_shape:
