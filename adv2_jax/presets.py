@@ -250,7 +250,7 @@ class Fast(NamedTuple):
 FAST = {
   'cam': Fast(100, 300.0),
   'grad': Fast(100, 100.0, first_step=3 / 255, every=5),
-  'mask': Fast(100, 10.0, every=10),
+  'mask': Fast(100, 30.0, every=10),
 }
 
 

@@ -39,6 +39,9 @@ def define_data_flags() -> None:
 def define_example_flags() -> None:
   """Which examples, on what devices, and where the results go."""
   flags.DEFINE_integer('num_examples', 64, 'The first N that the classifier gets right.')
+  flags.DEFINE_bool(
+    'shuffle', False, 'Go through the data in a fixed random order: for sorted sets.'
+  )
   flags.DEFINE_integer('skip_examples', 0, 'Pass over the first ones it gets right (tuned on).')
   flags.DEFINE_integer('batch_size', 16, 'Examples per device and batch.')
   flags.DEFINE_integer('seed', 0, 'Of targets and random starts; never of the data.')

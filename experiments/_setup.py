@@ -1,6 +1,7 @@
 """What a run works on: classifier, interpreters, examples with their targets, in batches."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -154,8 +155,19 @@ def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]
     yield from zip(some.tolist(), best, worst, strict=True)
 
 
+def order(setup: Setup) -> np.ndarray:
+  """All ids in the order in which the data set is gone through: as stored, or shuffled."""
+  n = len(setup.dataset)
+  return np.random.default_rng(0).permutation(n) if setup.config['shuffle'] else np.arange(n)
+
+
+def _readable(setup: Setup, start: int = 0) -> np.ndarray:
+  ids = order(setup)[start:]
+  return ids[np.isin(ids, setup.dataset.ids)]
+
+
 def select(setup: Setup, attacked: bool = True) -> Examples:
-  """The first N examples, in data-set order, that are classified correctly and have a target.
+  """The first N examples, in `order`, that are classified correctly and have a target.
 
   All other images up to the last one are counted as skipped: misclassified, damaged, or of the very
   class that is the `--target_label`. `attacked`: the targets are to be explained, too.
@@ -165,13 +177,14 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
   targets: list[int] = []
   met: dict[int, list[int]] = {}  # predicted class -> ids
   seen = len(true)
-  for i, best, worst in predictions(setup, setup.dataset.ids):
+  place = np.argsort(order(setup))
+  for i, best, worst in predictions(setup, _readable(setup)):
     met.setdefault(best, []).append(i)
     if best == true[i] and (target := target_of(i, worst)) != true[i]:
       chosen.append(i)
       targets.append(target)
     if len(chosen) == c['skip_examples'] + c['num_examples']:
-      seen = i + 1
+      seen = int(place[i]) + 1
       break
   if len(chosen) <= c['skip_examples']:
     raise InputError(
@@ -179,7 +192,14 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
       f'{c["skip_examples"]}: check --weights, --mean, --std and --label_key'
     )
   chosen, targets = chosen[c['skip_examples'] :], targets[c['skip_examples'] :]
-  for label in sorted({int(true[i]) for i in chosen}):
+  classes = sorted({int(true[i]) for i in chosen})
+  if len(classes) == 1 and len(chosen) > 4 and not c['shuffle']:
+    print(
+      f'all {len(chosen)} examples are of class {classes[0]}: if the data set is sorted by class, '
+      '--shuffle takes them from all over it',
+      file=sys.stderr,
+    )
+  for label in classes:
     if len(met[label]) == 1 and (other := _first(setup, label, seen)) >= 0:
       met[label].append(other)
   for interpreter in setup.interpreters.values():
@@ -202,8 +222,8 @@ def _next(ids: list[int], i: int) -> int:
 
 
 def _first(setup: Setup, label: int, start: int = 0) -> int:
-  """The first id from `start` on that is of this class and taken for it; −1 when there is none."""
-  ids = setup.dataset.ids[setup.dataset.ids >= start]
+  """The first id, from that place in `order` on, of this class and taken for it; −1 if none is."""
+  ids = _readable(setup, start)
   of_class = ids[setup.dataset.labels[ids] == label]
   return next((i for i, best, _ in predictions(setup, of_class) if best == label), -1)
 

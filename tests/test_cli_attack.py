@@ -291,6 +291,25 @@ def test_examples_are_passed_over(victim):
   assert examples.num_skipped == 2
 
 
+def test_shuffled_examples_come_from_all_over_the_set(victim):
+  right = select(victim, num_examples=64).id
+  places = np.random.default_rng(0).permutation(10).tolist()
+  expected = [i for i in places if i in right][:3]
+  examples = select(victim, shuffle=True, num_examples=3)
+  assert examples.id.tolist() == expected != right[:3].tolist()
+  assert examples.num_skipped == places.index(expected[-1]) + 1 - 3
+
+
+def test_examples_of_one_class_only_are_remarked(victim, tmp_path, capsys):
+  arrays = np.load(victim['data_path'])
+  same = {name: np.repeat(arrays[name][2:3], 6, axis=0) for name in ('image', 'label')}
+  np.savez(tmp_path / 'same.npz', **same)
+  select(victim | {'data_path': str(tmp_path / 'same.npz')}, num_examples=6)
+  assert 'all 6 examples are of class' in capsys.readouterr().err
+  select(victim, num_examples=6)
+  assert not capsys.readouterr().err
+
+
 def test_a_partner_is_looked_for_among_the_images_of_its_class_only(victim, monkeypatch):
   """Beyond the last example, too, until one is found."""
   asked, real = [], _setup.predictions

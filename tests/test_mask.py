@@ -1,5 +1,6 @@
 """MASK: its linear parts in closed form, objective and gradients as torch's, its solver."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -214,30 +215,50 @@ def test_the_path_is_the_solver_s():
     np.testing.assert_allclose(path[:, i], there, atol=1e-5)
 
 
-def test_the_masks_looked_at_are_about_the_path_and_begin_where_it_begins():
+def test_the_masks_looked_at_are_about_the_path_and_denser_where_it_begins():
   path = jnp.linspace(0.2, 0.8, 50).reshape(-1, 1, 1) * jnp.ones((50, 4, 4))
-  draw = jax.jit(lambda key, noise: M._draw(key, path, last=50.0, looks=4, noise=noise)[0])
-  exact = draw(jax.random.key(0), 0.0)
-  np.testing.assert_array_equal(exact[0], path[0])
-  places = [int(np.argmin(np.abs(path[:, 0, 0] - m[0, 0]))) for m in exact]
-  for place, low, high in zip(places[1:], (3, 12, 28), (12, 28, 50), strict=True):
-    assert low <= place <= high
-  noisy = jnp.stack([draw(jax.random.key(i), 0.1) for i in range(30)])[:, 0]
-  assert abs(float(noisy.mean()) - 0.2) < 0.02
-  np.testing.assert_array_equal(draw(jax.random.key(3), 0.1), draw(jax.random.key(3), 0.1))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def draw(key, noise):
+    return M._draw(key, path, last=50.0, looks=4, noise=noise)
+
+  masks, place, _ = draw(jax.random.key(0), 0.0)
+  np.testing.assert_array_equal(masks, path[place])
+  for i, low, high in zip(place, (0, 3, 12, 28), (3, 12, 28, 49), strict=True):
+    assert low <= i <= high
+  noisy, place, _ = draw(jax.random.key(1), 0.1)
+  apart = np.asarray(noisy - path[place])
+  assert 0.05 < apart.std() < 0.15
+  np.testing.assert_array_equal(noisy, draw(jax.random.key(1), 0.1)[0])
 
 
-def test_nothing_is_amiss_on_the_clean_image_and_its_own_class():
-  interpreter = interpreters.mask(SMALL)
+def test_a_view_is_the_log_odds_and_their_derivative():
+  m = jnp.asarray(np.random.RandomState(0).uniform(0.2, 0.8, (3, 4, 4)), jnp.float32)
+  seen = jax.jit(M.view, static_argnums=(4, 5))(CLF, m, X, Y, SMALL, True)
+  p = jax.nn.softmax(tiny.outputs(CLF, M.perturbed(X, m, SMALL)).logits)[jnp.arange(3), Y]
+  np.testing.assert_allclose(seen.u, jnp.log((1 - p) / p), rtol=1e-4, atol=1e-5)
+  step = 1e-3 * jnp.ones_like(m).at[:, 2:].set(-1)
+  u = lambda m: M.view(CLF, m, X, Y, SMALL, False).u  # noqa: E731
+  measured, predicted = u(m + step) - u(m - step), 2 * jnp.sum(seen.slope * step, axis=(1, 2))
+  np.testing.assert_allclose(measured, predicted, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [{'slope': 0.0}, {'looks': 3}, {'noise': 0.1}])
+@pytest.mark.parametrize('jitter', [0, 1, 3])
+def test_nothing_is_amiss_on_the_clean_image_and_its_own_class(jitter, options):
+  """Whether the clean image was looked at before the first step or is looked at in each."""
+  interpreter = interpreters.mask(SMALL._replace(jitter=jitter), **options)
   own = tiny.outputs(CLF, X).logits.argmax(-1)
-  distance = jax.jit(
-    lambda clf, x, y: (
-      interpreter.unroll(clf, x, y, interpreter.begin(clf, X, y, None, KEYS), KEYS).distance
-    )
-  )
-  np.testing.assert_allclose(distance(CLF, X, own), 0, atol=2e-5)  # map_rms never says 0
+
+  @jax.jit
+  def distance(clf, x, y):
+    landscape = interpreter.begin(clf, X, y, None, KEYS)
+    assert (landscape.views is None) == (jitter > 1 or 'noise' in options)
+    return interpreter.unroll(clf, x, y, landscape, KEYS).distance
+
+  np.testing.assert_allclose(distance(CLF, X, own), 0, atol=1e-3)
   assert float(distance(CLF, X, (own + 1) % tiny.CLASSES).min()) > 0.1
-  assert float(distance(CLF, 1 - X, own).min()) > 1e-3
+  assert float(distance(CLF, 1 - X, own).min()) > 2e-3
 
 
 def test_misfit_by_hand():

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from adv2_jax import losses
+from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import (
   Array,
   Image,
@@ -234,18 +235,45 @@ def solve(
   return jax.lax.fori_loop(0, config.steps if steps is None else steps, body, state)
 
 
-class Landscape(NamedTuple):
-  """What the attack imitates: how sure the class is under the masks that the solver meets.
+class View(NamedTuple):
+  """What the solver sees of an image at a mask m, per example.
 
   Attributes:
-    path: f32[B,n,h,w], the solver's own path on the clean image, for the class it shows.
+    u: f32[B], the log-odds log((1 − p_c)/p_c) of φ(x; m).
+    slope: f32[B,h,w], ∂u/∂m; None where it is not asked for.
+  """
+
+  u: Array
+  slope: Array | None
+
+
+class Landscape(NamedTuple):
+  """What the attack imitates: what the solver sees on its way over the clean image.
+
+  Attributes:
+    path: f32[B,n,h,w], its masks, for the class that the clean image shows.
+    views: what it sees at them, [B,n]; None where that is random and must be looked at afresh.
     x: the clean images.
     label: i32[B], that class.
   """
 
   path: Array
+  views: View | None
   x: Image
   label: Label
+
+
+def view(clf: Any, m: Array, x: Image, y: Label, config: MaskConfig, slope: bool) -> View:
+  """What the solver sees at masks m; x is jittered already, if it is to be."""
+
+  def log_odds(m: Array) -> tuple[Array, Array]:
+    u = losses.log_odds(clf(perturbed(x, m, config)).logits, y)
+    return jnp.sum(u), u
+
+  if not slope:
+    return View(log_odds(m)[1], None)
+  gradient, u = jax.grad(log_odds, has_aux=True)(m)
+  return View(u, gradient)
 
 
 def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> Array:
@@ -261,36 +289,49 @@ def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> 
 def mask(
   config: MaskConfig | None = None,
   *,
-  looks: int = 3,
+  looks: int = 2,
+  slope: float = 1.0,
   noise: float | None = None,
-  reach: float | None = None,
+  reach: float = 0.5,
+  tau: float = 1e-2,
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
 
   The map depends on x through an optimisation. The attack makes that optimisation go the way that
   it goes on the clean image x0, so the target map is the clean image's, whatever it is told. The
-  solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m). Where u(m; x, t)
-  equals u(m; x0, y) it goes the same way. Per step, `looks` masks are drawn from its path on the
-  clean image, with noise about it, and |u(m; x, t) − u(m; x0, y)|, averaged, is the distance. No
-  solution is differentiated, and a step is cheap.
+  solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m), and their
+  gradient. Where those of (x, t) are those of (x0, y), it goes the same way. Per step, `looks`
+  masks are drawn from its path on the clean image, and the distance is the mean over them of
+
+      |u − u*| + slope · ‖∂u/∂m − ∂u*/∂m‖ / ‖∂u*/∂m‖,   u = u(m; x, t), u* = u(m; x0, y)
+
+  No solution is differentiated, and a step is cheap. As in GRAD, what is a derivative itself is
+  taken from the surrogate, whose ReLU derivative is smooth.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
-    looks: masks per attack step; each is a forward pass on x0, and one with gradient on x.
-    noise: standard deviation, per cell; None: 0.2 where the solver is jittered, so that its path
-      varies, else 0.05.
-    reach: the part of the path that is looked at; what happens early decides. None: a third, or
-      0.7 where there is no jitter.
+    looks: masks per attack step.
+    slope: weight of the second term; 0: it is not computed, at less than half the cost of a look.
+    noise: standard deviation about the path, per cell; None: 0.2 where the solver is jittered, so
+      that its path varies, else 0. With neither jitter nor noise the clean image is looked at once
+      only, before the first step.
+    reach: the part of the path that is looked at; what happens early decides.
+    tau: width of the smoothed ReLU derivative, form 'smooth', where there is a slope.
 
   Raises:
     InputError: a setting that makes no sense; when traced, one that does not fit the images.
   """
   c = MaskConfig() if config is None else config
   check(c)
-  noise = noise if noise is not None else 0.2 if c.jitter > 1 else 0.05
-  reach = reach if reach is not None else 1 / 3 if c.jitter > 1 else 0.7
-  if looks < 1 or noise < 0 or not 0 < reach <= 1:
-    raise InputError(f'looks={looks}, noise={noise}, reach={reach}; expected ≥ 1, ≥ 0, in (0, 1]')
+  random = c.jitter > 1
+  noise = noise if noise is not None else 0.2 if random else 0.0
+  if looks < 1 or slope < 0 or noise < 0 or not 0 < reach <= 1:
+    given = f'looks={looks}, slope={slope}, noise={noise}, reach={reach}'
+    raise InputError(f'{given}; expected ≥ 1, ≥ 0, ≥ 0, in (0, 1]')
+  varies = random or noise > 0
+  act = functools.partial(soft_relu, tau=tau, form='smooth')
+  soft_relu(np.float32(0), tau, 'smooth')  # says what is wrong with tau
+  net = lambda clf: functools.partial(clf.surrogate, act=act) if slope else clf  # noqa: E731
   # Beyond it p(1 − p) is so small that the solver feels the area term only.
   bound = min(12.0, 2.0 - math.log(c.area)) if c.area else 12.0
 
@@ -302,47 +343,71 @@ def mask(
     del params, y, target_map
     check_fits(c, *x.shape[1:3])
     label = jnp.argmax(clf(x).logits, axis=-1)
-    return Landscape(solver_path(clf, x, label, keys, c), x, label)
+    path = solver_path(clf, x, label, keys, c)
+    if varies:
+      return Landscape(path, None, x, label)
+    still = jittered(x, keys, c.jitter)
+    views = jax.lax.map(
+      lambda m: view(net(clf), m, still, label, c, slope > 0), jnp.moveaxis(path, 1, 0)
+    )
+    return Landscape(path, jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), views), x, label)
 
   def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Landscape, keys: Key) -> Unrolled:
     del params
     n = len(x)
     draw = functools.partial(_draw, last=c.steps * reach, looks=looks, noise=noise)
-    masks, jitter_keys = jax.vmap(draw)(keys, carry.path)
+    masks, place, jitter_keys = jax.vmap(draw)(keys, carry.path)
+    flat = lambda v: v.reshape(-1, *v.shape[2:])  # [B,looks,…] -> [B·looks,…]  # noqa: E731
 
-    def log_odds(x: Image, y: Label) -> Array:  # [B·looks]
+    def seen(x: Image, y: Label) -> View:
       repeat = lambda v: jnp.repeat(v, looks, axis=0)  # noqa: E731
-      views = jittered(repeat(x), jitter_keys.reshape(-1), c.jitter)
-      views = perturbed(views, masks.reshape(-1, *masks.shape[2:]), c)
-      return losses.log_odds(clf(views).logits, repeat(y))
+      x = jittered(repeat(x), flat(jitter_keys), c.jitter)
+      return view(net(clf), flat(masks), x, repeat(y), c, slope > 0)
 
-    wanted = jax.lax.stop_gradient(log_odds(carry.x, carry.label))
-    apart = misfit(log_odds(x, y), wanted, bound).reshape(n, looks).mean(1)
+    if carry.views is None:
+      wanted = jax.lax.stop_gradient(seen(carry.x, carry.label))
+    else:
+      at = lambda v: flat(jax.vmap(lambda w, i: w[i])(v, place))  # noqa: E731
+      wanted = jax.tree.map(at, carry.views)
+    got = seen(x, y)
+    apart = misfit(got.u, wanted.u, bound)
+    if got.slope is not None and wanted.slope is not None:
+      apart += slope * _norm(got.slope - wanted.slope) / _norm(wanted.slope)
+    apart = apart.reshape(n, looks).mean(1)
     return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, apart)
 
-  passes = (2 * c.steps, 2 + 3 * looks)
+  # A pass with a gradient is two; one whose gradient is differentiated, six.
+  clean, attacked = (2, 6) if slope else (1, 2)
   return Interpreter(
     (),
     explain,
     unroll,
     begin,
     name='mask',
-    passes=passes,
-    begin_passes=2 * c.steps + 1,
+    passes=(2 * c.steps, 2 + looks * (attacked + clean * varies)),
+    begin_passes=2 * c.steps + 1 + (0 if varies else clean * c.steps),
     exact=False,
-    random=c.jitter > 1,
+    random=random,
     settings=c,
   )
 
 
-def _draw(key: Key, path: Array, *, last: float, looks: int, noise: float) -> tuple[Array, Key]:
-  """Masks [looks,h,w] about path[:last], denser at its beginning, and a key for each."""
+def _draw(
+  key: Key, path: Array, *, last: float, looks: int, noise: float
+) -> tuple[Array, Array, Key]:
+  """Masks [looks,h,w] about path[:last], denser at its beginning, their places, a key for each."""
   k = jax.random.split(key, 3)
   place = (jnp.arange(looks) + jax.random.uniform(k[0], (looks,))) / looks
-  masks = path[jnp.int32(place**2 * last)]
-  masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
-  masks = masks.at[0].set(path[0])  # where every solution begins
-  return masks, jax.random.split(k[2], looks)
+  place = jnp.int32(place**2 * last)
+  masks = path[place]
+  if noise:
+    masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
+  return masks, place, jax.random.split(k[2], looks)
+
+
+def _norm(v: Array) -> Array:
+  """‖v‖₂ per example [B]; its gradient is finite at 0."""
+  return jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2)) + 1e-12)
 
 
 def misfit(u: Array, wanted: Array, bound: float) -> Array:
