@@ -292,7 +292,7 @@ def mask(
   looks: int = 2,
   slope: float = 1.0,
   noise: float | None = None,
-  reach: float = 0.5,
+  reach: float | None = None,
   tau: float = 1e-2,
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
@@ -315,7 +315,8 @@ def mask(
     noise: standard deviation about the path, per cell; None: 0.2 where the solver is jittered, so
       that its path varies, else 0. With neither jitter nor noise the clean image is looked at once
       only, before the first step.
-    reach: the part of the path that is looked at; what happens early decides.
+    reach: the part of the path that is looked at; what happens early decides. None: a third where
+      the solver is jittered, else a half.
     tau: width of the smoothed ReLU derivative, form 'smooth', where there is a slope.
 
   Raises:
@@ -325,6 +326,7 @@ def mask(
   check(c)
   random = c.jitter > 1
   noise = noise if noise is not None else 0.2 if random else 0.0
+  reach = reach if reach is not None else 1 / 3 if random else 0.5
   if looks < 1 or slope < 0 or noise < 0 or not 0 < reach <= 1:
     given = f'looks={looks}, slope={slope}, noise={noise}, reach={reach}'
     raise InputError(f'{given}; expected ≥ 1, ≥ 0, ≥ 0, in (0, 1]')
