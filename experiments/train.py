@@ -200,7 +200,8 @@ def prepare(config: Mapping[str, Any]) -> Job:
   store.check_workdir(path, c, c['resume'])
   to_train, held_out = open_data(c)
   if c['task'] == 'rts':
-    held_out = held_out._replace(ids=held_out.ids[: _train_rts.HELD_OUT])
+    some = np.random.default_rng(0).permutation(held_out.ids)  # the set may be sorted by class
+    held_out = held_out._replace(ids=some[: _train_rts.HELD_OUT])
   train, test = to_train.decode('train'), held_out.decode('held out')
   batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
   per_epoch = len(train.label) // c['batch_size']

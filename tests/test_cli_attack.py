@@ -116,8 +116,7 @@ def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch):
   assert list(rows) == ['benign', 'again', 'other', 'pgd', 'adv2']
   assert rows['benign']['map_l1_all'] == 0
   assert 1e-3 < rows['again']['map_l1_all'] < 0.3  # rounding alone would be less
-  # 4 steps, each with 2 masks on the clean and on the attacked image; the path before them; the last
-  # iterate's check.
+  # The path; 4 steps, each with 2 masks on the clean and the attacked image; the last one's check.
   assert rows['adv2']['network_passes'] == 2 * 8 + 1 + 4 * (2 + 2 * (2 + 6)) + 9
   for kind in ('target', 'benign', 'pgd', 'adv2'):
     assert np.load(path / f'maps/{kind}/mask/000002.npy').shape == (8, 8)
