@@ -206,7 +206,7 @@ def attack(
   if steps is not None and not isinstance(preset, str):
     raise InputError('steps goes with the name of a preset; a recipe has its own number of steps')
   if steps is not None and steps < 1:
-    raise InputError(f'steps is {steps}; expected 1 or more')
+    raise InputError(f'steps is {steps}; expected a positive number of steps')
   # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
   num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
   map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape

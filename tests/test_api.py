@@ -148,7 +148,7 @@ def test_keys_decide_the_noise_and_the_default_is_fixed():
     ({'epsilon': float('nan')}, 'epsilon is nan'),
     ({'epsilon': 8}, 'epsilon is 8; expected 0 < epsilon ≤ 1, such as 0.031'),
     ({'preset': 'quick'}, "preset 'quick' is unknown; expected 'fast' or 'authors'"),
-    ({'steps': 0}, 'expected a positive number of steps'),
+    ({'steps': 0}, '^steps is 0; expected a positive number of steps'),
     ({'preset': presets.plain_pgd('fast', 3), 'steps': 5}, 'a recipe has its own number of steps'),
     ({'key': 0}, r'typed key such as jax\.random\.key\(0\)'),
     ({'key': jax.random.PRNGKey(0)}, 'typed key'),
