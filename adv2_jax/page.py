@@ -29,6 +29,7 @@ class Gallery(NamedTuple):
   interpreter: str
   columns: list[str]
   rows: list[tuple[figures.Panel | None, ...]]
+  choice: str  # which images these are, as a sentence
 
 
 class _Column(NamedTuple):
@@ -299,7 +300,7 @@ def _html_gallery(gallery: Gallery) -> str:
   return (
     f'<h3>{_e(gallery.interpreter.upper())}</h3><div class="scroll"><div class="gallery" '
     f'style="--columns:{len(gallery.columns)}">{"".join(cells)}</div></div>'
-    f'<p class="note">The first {len(gallery.rows)} images in data-set order, not chosen ones.</p>'
+    f'<p class="note">{_e(gallery.choice)}</p>'
   )
 
 

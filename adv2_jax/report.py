@@ -71,10 +71,16 @@ def _pgd_against_adv2(results: Results, interpreter: str) -> list[tuple[float, f
 
 
 def _gallery(results: Results, interpreter: str) -> page.Gallery:
-  """The first examples in data-set order, not chosen ones: benign, PGD, ADV² image and map."""
+  """A few examples, not chosen ones: benign, PGD, ADV² image and map.
+
+  The first ones; of a shuffled run some from all over the data set, which may be sorted by class.
+  """
   present = {a for a, name, _ in results.examples if name == interpreter}
   attacks = [a for a in ('benign', 'pgd', 'adv2', 'adv2_joint') if a in present]
-  ids = results.ids(interpreter)[:_GALLERY_ROWS]
+  ids, choice = results.ids(interpreter), 'The first {} images in data-set order, not chosen ones.'
+  if results.config.get('shuffle'):
+    ids, choice = ids[:: max(1, len(ids) // _GALLERY_ROWS)], '{} images, evenly spaced in the data.'
+  ids = ids[:_GALLERY_ROWS]
   pictures: dict[str, list[np.ndarray | None]] = {
     a: [results.image(a, interpreter, i) for i in ids] for a in attacks
   }
@@ -93,7 +99,8 @@ def _gallery(results: Results, interpreter: str) -> page.Gallery:
   if len(attacks) > 1 and attacks[0] == 'benign':
     columns |= _change(pictures['benign'], pictures[attacks[-1]])
   columns = {name: panels for name, panels in columns.items() if any(panels)}
-  return page.Gallery(interpreter, list(columns), list(zip(*columns.values(), strict=True)))
+  rows = list(zip(*columns.values(), strict=True))
+  return page.Gallery(interpreter, list(columns), rows, choice.format(len(rows)))
 
 
 def _seen(results: Results, attack: str, interpreter: str, i: int) -> str:

@@ -230,6 +230,19 @@ def test_pictures_are_the_stored_ones(run):
   np.testing.assert_array_equal(decoded[6], np.clip(expected, 0, 255))
 
 
+@pytest.mark.parametrize(
+  ('shuffle', 'expected', 'said'),
+  [(False, [0, 1, 2, 3, 4, 5], 'The first 6 images'), (True, [0, 2, 4, 6, 8, 10], 'evenly spaced')],
+)
+def test_a_gallery_of_a_shuffled_run_is_from_all_over(tmp_path, shuffle, expected, said):
+  make_run(tmp_path, ('cam',), n=13, config={**CONFIG, 'shuffle': shuffle})
+  results = report.read_results(tmp_path)
+  found = report._gallery(results, 'cam')
+  shown = [row[0].image for row in found.rows]
+  np.testing.assert_array_equal(shown, [results.image('benign', 'cam', 10 * i) for i in expected])
+  assert said in found.choice
+
+
 def test_figures_are_written_and_not_blank(run):
   names = {p.name for p in (run / 'figures').iterdir()}
   assert names == {'gallery-cam.png', 'gallery-grad.png', 'maps.png', 'curves.png', 'scatter.png'}
