@@ -16,9 +16,11 @@ from adv2_jax import (
   optimisers,
   perturbations,
   presets,
+  saliency,
 )
 from adv2_jax.api import AttackResult, attack, attack_batch
 from adv2_jax.attack import adv2, pgd, run, run_chunk, staged, track_best
+from adv2_jax.attack_mask import adv2_mask
 from adv2_jax.checkpoints import load_classifier, load_decoder
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
 from adv2_jax.overlay import overlay
@@ -51,6 +53,7 @@ __all__ = [
   'Terms',
   'Unrolled',
   'adv2',
+  'adv2_mask',
   'attack',
   'attack_batch',
   'check_classifier',
@@ -72,6 +75,7 @@ __all__ = [
   'presets',
   'run',
   'run_chunk',
+  'saliency',
   'staged',
   'track_best',
 ]

@@ -218,6 +218,14 @@ def attack(
   )
   validate.targets_differ(target, label)
   validate.explicable(target, interpreter, 'target')
+  if interpreter.name == 'mask' and preset == 'fast':
+    seen = jnp.argmax(_outputs(clf, x).logits, axis=-1)
+    if target_map is None and (other := np.flatnonzero(np.asarray(seen != label))).size:
+      warnings.warn(
+        "MASK under preset 'fast' keeps the map of the class predicted for x: for image "
+        f'{other[0]} that is {int(seen[other[0]])}, not its label {int(label[other[0]])}',
+        stacklevel=2,
+      )
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
     target_map = explain(clf, interpreter, x, label, keys)

@@ -30,6 +30,7 @@ from adv2_jax.types import (
   AttackState,
   Batch,
   Image,
+  InputError,
   Key,
   Perturbation,
   PyTree,
@@ -75,7 +76,13 @@ def adv2_mask(
     halvings: of the bisection.
     looks: iterations of m in 3 and in 4.
     renew: steps between fresh solutions.
+
+  Raises:
+    InputError: looks, renew or halvings under 1; at `init`, settings that do not fit the images.
   """
+  for name, value in (('looks', looks), ('renew', renew), ('halvings', halvings)):
+    if value < 1:
+      raise InputError(f'adv2_mask {name} is {value}; expected at least 1')
   follow = config._replace(decay=False)  # at the end of a falling rate nothing would move
 
   def margin(x: Image, batch: Batch) -> tuple[Array, Array]:

@@ -47,13 +47,19 @@ class Classifier(flax.struct.PyTreeNode):
     """Logits f32[B,K] of the features f32[B,h,w,F]."""
     return self.head_fn(self.params, features)
 
+  @property
+  def takes_act(self) -> bool:
+    """Whether the surrogate can be told which activation to use."""
+    fn = self.surrogate_fn
+    return fn is not None and 'act' in inspect.signature(fn).parameters
+
   def surrogate(self, x: Image, act: Callable[[Array], Array] = soft_relu) -> Outputs:
     """As calling the classifier, with the smoothed ReLU derivative `act` in the backward pass."""
     if self.surrogate_fn is None:
       return self(x)
     if act is soft_relu:
       return self.surrogate_fn(self.params, x)
-    if 'act' not in inspect.signature(self.surrogate_fn).parameters:
+    if not self.takes_act:
       raise InputError(
         'this surrogate_fn has no `act` argument, so tau and form cannot be changed: '
         'write it as surrogate_fn(params, x, act=soft_relu), or leave tau and form as they are'

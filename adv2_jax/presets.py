@@ -75,7 +75,7 @@ def closest_map(
 
   d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
   come after these. d is the attack's own map distance, which should be √mse. Where `unroll` differs
-  from `explain` (GRAD), the map is made afresh on the real net.
+  from `explain` (GRAD, MASK), the map is made afresh on the real net.
   """
 
   def score(batch: Batch, snapshot: Snapshot) -> Array:

@@ -38,8 +38,8 @@ class Unrolled(NamedTuple):
 
   Attributes:
     maps: f32[T,B,h,w] (or a pytree of such, under `joint`), differentiable in x. T is the number of
-      differentiable maps in this step: 1 for closed-form interpreters, several look-ahead iterates
-      for MASK. None: no map, `distance` stands for it.
+      differentiable maps in this step: 1 for closed-form interpreters, more where an inner
+      optimisation looks ahead. None: no map, `distance` stands for it (MASK).
     carry: the state for the next step.
     extra: f32[B], a further loss term (RTS: cross-entropy of its encoder); zeros otherwise.
     logits: f32[B,K] of the pass that made the maps, so that the prediction loss shares it; None

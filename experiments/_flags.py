@@ -94,8 +94,10 @@ def define_train_flags() -> None:
     'num_examples', None, 'Train on the first N; default: all (scenes: 16000).', lower_bound=1
   )
   flags.DEFINE_string('model', 'scene_resnet', f'One of {", ".join(nets.ZOO)}.')
-  flags.DEFINE_string('weights', None, 'Start from these weights; default: from random ones.')
-  flags.DEFINE_list('mean', None, "Channel means for normalisation; default: ImageNet's.")
+  flags.DEFINE_string('weights', None, 'Start from these weights; default: from random '
+                      'ones. rts: those of the black box; default: the built-in ones.')  # fmt: skip
+  flags.DEFINE_list('mean', None, "Channel means for normalisation; default: ImageNet's; rts: "
+                    "the encoder's, default: its card's.")  # fmt: skip
   flags.DEFINE_list('std', None, "Channel deviations; default: ImageNet's.")
   flags.DEFINE_string('workdir', None, 'Where to write; default: runs/train-<task>-<model>.')
   flags.DEFINE_bool('resume', False, 'Go on where the run in workdir stopped.')
@@ -109,7 +111,8 @@ def define_train_flags() -> None:
   flags.DEFINE_float('label_smoothing', None, 'Share of the target spread over all classes; '
                      'default: 0.02; rts has none.')  # fmt: skip
   flags.DEFINE_string('encoder', None, 'rts: net whose features are read; default: --model.')
-  flags.DEFINE_string('encoder_weights', None, 'rts: its weights; default: those of --model.')
+  flags.DEFINE_string('encoder_weights', None, 'rts: its weights; default: those of --model '
+                      'if it is that net, else its built-in ones.')  # fmt: skip
   flags.DEFINE_bool('train_encoder', None, 'rts: train the encoder too.')
   flags.DEFINE_integer('selector_steps', None, 'rts: of the selector alone, first; default: an '
                        'epoch.', lower_bound=0)  # fmt: skip

@@ -50,15 +50,20 @@ class Net(NamedTuple):
   classes: tuple[int, ...] | None
 
 
-def build(c: Mapping[str, Any], labels: np.ndarray, key: Key) -> Net:
-  """The net with its encoder's weights; InputError where weights or labels do not fit."""
+def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:
+  """The net with its encoder's weights; InputError where weights, images or labels do not fit."""
   if not 0 <= c['fake'] < 1:
     raise InputError(f'--fake is {c["fake"]}; expected 0 or more, and less than 1')
   clf = checkpoints.load_classifier(c['model'], c['weights'])
   encoder = c['encoder'] or c['model']
   source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
-  one = np.zeros((1, 64, 64, 3), np.float32)
+  one = np.zeros((1, *shape), np.float32)
   num_classes = jax.eval_shape(clf, one).logits.shape[-1]
+  if len(np.unique(labels)) < 2:
+    raise InputError(
+      f'all training images are of class {labels[0]}; expected two classes or more, as the net '
+      'learns from classes that are not there: the data may be sorted, raise --num_examples'
+    )
   if labels.max() >= num_classes:
     raise InputError(
       f'the data has the label {labels.max()}, {c["model"]} the classes 0…{num_classes - 1}: '
@@ -71,7 +76,8 @@ def build(c: Mapping[str, Any], labels: np.ndarray, key: Key) -> Net:
   fresh = jax.jit(module.init)(key, one, np.zeros(1, np.int32))
   variables = {part: {**fresh[part], 'encoder': read[part]} for part in fresh}
   card = checkpoints.read_card(checkpoints.resolve(source))
-  mean, std = card.get('mean', IMAGENET_MEAN), card.get('std', IMAGENET_STD)
+  mean = _flags.floats(c['mean'], 'mean') or card.get('mean', IMAGENET_MEAN)
+  std = _flags.floats(c['std'], 'std') or card.get('std', IMAGENET_STD)
   present = tuple(np.unique(labels).tolist())
   return Net(
     module,

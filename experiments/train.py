@@ -1,7 +1,8 @@
 r"""Trains a network: `python -m experiments.train --task classifier --dataset scenes`.
 
 In --workdir: state.msgpack (what --resume continues from), log.csv, and at the end
-<model>.safetensors with its card <model>.json. The built-in checkpoint was made by
+<model>.safetensors (rts: rts.safetensors) with its card, a .json of that name. The built-in
+checkpoint was made by
 
     python -m experiments.train --task classifier --dataset scenes
     cp runs/train-classifier-scene_resnet/scene_resnet.* checkpoints/
@@ -262,7 +263,7 @@ def classifier_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch
 
 def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) -> Task:
   """The saliency net of RTS, by its own losses."""
-  net = _train_rts.build(c, train.label, _keys(c)[0])
+  net = _train_rts.build(c, train.image.shape[1:], train.label, _keys(c)[0])
   judge = _train_rts.Judge(net, test.image, test.label)
   selector_steps = per_epoch if c['selector_steps'] is None else c['selector_steps']
 

@@ -175,6 +175,13 @@ def test_authors_warms_up_on_the_margin_and_then_takes_turns():
   assert margins[1] < margins[0]
 
 
+@pytest.mark.parametrize('name', ['looks', 'renew', 'halvings'])
+def test_counts_of_zero_are_refused(name):
+  perturbation = linf_ball(0.03)
+  with pytest.raises(InputError, match=f'adv2_mask {name} is 0; expected at least 1'):
+    adv2_mask(CLF, CONFIG, perturbation, key=KEY, **{name: 0})
+
+
 def test_authors_needs_to_know_the_solver():
   blind = INTERPRETER.replace(settings=None)
   with pytest.raises(InputError, match=r'needs an interpreter from interpreters\.mask'):

@@ -332,3 +332,35 @@ def test_settings_that_make_no_sense(change, message):
 def test_settings_that_do_not_fit_the_images(change, message):
   with pytest.raises(InputError, match=message):
     interpreters.mask(SMALL._replace(**change)).explain(CLF, X, Y, KEYS)
+
+
+def test_the_solver_itself_refuses_settings_that_make_no_sense():
+  with pytest.raises(InputError, match='mask steps is 0; expected at least 1'):
+    M.solve(CLF, X, Y, KEYS, SMALL._replace(steps=0))
+
+
+def test_a_warm_start_from_a_solution_stays_there_where_the_rate_falls():
+  config = SMALL._replace(decay=True)
+  found = solve(CLF, X, Y, KEYS, config)
+  warm = M.start(config, 3, found.mask)
+  again = solve(CLF, X, Y, KEYS, config, warm)
+  assert np.abs(again.mask - found.mask).max() > 1e-3  # it moves: its rate begins anew
+  best = objective(CLF, found.mask, X, Y, config)
+  assert (objective(CLF, again.mask, X, Y, config) <= best * 1.01 + 1e-4).all()
+
+
+def test_a_surrogate_of_fixed_activation_is_taken_as_it_is():
+  fixed = CLF.replace(surrogate_fn=lambda p, x: CLF.surrogate_fn(p, x))
+  interp = interpreters.mask(SMALL)
+  carry = interp.begin(fixed, X, Y, None, KEYS)
+  seen = interp.unroll(fixed, X, (Y + 1) % 5, carry, KEYS)
+  assert (seen.distance > 0).all()
+
+
+def test_a_label_that_is_not_predicted_is_told():
+  seen = tiny.outputs(CLF, X).logits.argmax(-1)
+  other = (seen + 1) % tiny.CLASSES
+  with pytest.warns(UserWarning, match='for image 0 that is .*, not its label'):
+    api.attack(
+      CLF, interpreters.mask(SMALL), X, target=(seen + 2) % tiny.CLASSES, label=other, steps=1
+    )

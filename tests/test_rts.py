@@ -13,7 +13,17 @@ import tiny
 from conftest import PARITY, flag_defaults
 from parity.weights import numpy_weights
 
-from adv2_jax import api, checkpoints, interpreters, losses, metrics, nets, saliency, training
+from adv2_jax import (
+  api,
+  checkpoints,
+  interpreters,
+  losses,
+  metrics,
+  nets,
+  presets,
+  saliency,
+  training,
+)
 from adv2_jax import data as datasets
 from adv2_jax.interpreters.rts import Decoder
 from adv2_jax.nets import saliency_unet
@@ -300,7 +310,7 @@ def test_classes_that_the_selector_never_saw_are_refused(stored):
 
 
 def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
-  """Selector and decoder, stopped after the selector and resumed, then attacked."""
+  """Selector and decoder, stopped after the selector and resumed."""
   flags = flag_defaults(_flags.define_train_flags) | {
     'task': 'rts',
     'num_examples': 40,
@@ -349,6 +359,9 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'widths': ['8']}, '--widths has 1 numbers; scene_resnet needs 2'),
     ({'widths': ['8', 'x']}, '--widths is 8,x; expected'),
     ({'label_smoothing': 0.0}, '--label_smoothing 0.0: only --task classifier has it'),
+    ({'image_size': 60}, 'features of 8×8 and 15×15 cells, .* a multiple of 32 px'),
+    ({'num_examples': 1, 'batch_size': 1}, 'all training images are of class'),
+    ({'std': ['1', '1', '0']}, '--std is 1,1,0; expected three positive numbers'),
   ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message):
@@ -357,6 +370,19 @@ def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message)
   with pytest.raises(InputError, match=message):
     train_command.run(flag_defaults(_flags.define_train_flags) | few | change)
   assert not (tmp_path / 'w').exists()
+
+
+def test_the_attack_on_the_built_in_decoder_keeps_its_map():
+  clf, data = checkpoints.load_classifier('scene_resnet'), datasets.load('scenes')
+  rts = interpreters.rts(checkpoints.load_decoder('scene_rts', 'scene_resnet'))
+  x, y = jnp.asarray(data.images(range(8)) / np.float32(255)), jnp.asarray(data.labels[:8])
+  benign = jax.jit(rts.explain)(clf, x, y, jax.random.key(0))
+  given = {'target': (y + 2) % 10, 'label': y}
+  plain = api.attack(clf, rts, x, preset=presets.plain_pgd('fast'), **given)
+  joint = api.attack(clf, rts, x, steps=40, **given)
+  assert joint.success.all()
+  apart = [float(metrics.map_mse(r.maps, benign).mean()) for r in (joint, plain)]
+  assert apart[0] < 0.3 * apart[1]
 
 
 def test_the_built_in_decoder_points_at_the_object():

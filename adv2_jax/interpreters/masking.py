@@ -198,9 +198,10 @@ def _adam(config: MaskConfig) -> optax.GradientTransformation:
   return optax.adam(rate, config.b1, config.b2, eps_root=1e-16)
 
 
-def start(config: MaskConfig, n: int) -> MaskState:
-  """The state before the first iteration, for n examples."""
-  mask = jnp.full((n, config.size, config.size), config.start)
+def start(config: MaskConfig, n: int, mask: Array | None = None) -> MaskState:
+  """The state before the first iteration, for n examples; from masks [n,h,w] where given (warm)."""
+  if mask is None:
+    mask = jnp.full((n, config.size, config.size), config.start)
   return MaskState(mask, jax.vmap(_adam(config).init)(mask))
 
 
@@ -225,7 +226,11 @@ def solve(
   state: MaskState | None = None,
   steps: int | None = None,
 ) -> MaskState:
-  """`steps` iterations from `state` (default: the config's, from its start); keys [B]."""
+  """`steps` iterations from `state` (default: the config's, from its start); keys [B].
+
+  A state goes on where it was, also in a falling rate, at the end of which nothing moves; `start`
+  makes a fresh one from a mask. The jitter is drawn from `keys` alone: to go on, give others.
+  """
   check_fits(config, *x.shape[1:3])
   state = start(config, len(x)) if state is None else state
 
@@ -317,7 +322,8 @@ def mask(
       only, before the first step.
     reach: the part of the path that is looked at; what happens early decides. None: a third where
       the solver is jittered, else a half.
-    tau: width of the smoothed ReLU derivative, form 'smooth', where there is a slope.
+    tau: width of the smoothed ReLU derivative, form 'smooth', where there is a slope and the
+      classifier's surrogate takes `act`.
 
   Raises:
     InputError: a setting that makes no sense; when traced, one that does not fit the images.
@@ -333,7 +339,12 @@ def mask(
   varies = random or noise > 0
   act = functools.partial(soft_relu, tau=tau, form='smooth')
   soft_relu(np.float32(0), tau, 'smooth')  # says what is wrong with tau
-  net = lambda clf: functools.partial(clf.surrogate, act=act) if slope else clf  # noqa: E731
+
+  def net(clf: Any) -> Any:
+    if not slope:
+      return clf
+    return functools.partial(clf.surrogate, act=act) if clf.takes_act else clf.surrogate
+
   # Beyond it p(1 − p) is so small that the solver feels the area term only.
   bound = min(12.0, 2.0 - math.log(c.area)) if c.area else 12.0
 
@@ -438,7 +449,8 @@ def check(config: MaskConfig) -> None:
 
 
 def check_fits(config: MaskConfig, height: int, width: int) -> None:
-  """InputError for settings that do not fit images of this size."""
+  """InputError for settings that make no sense, or do not fit images of this size."""
+  check(config)
   side = min(height, width)
   if config.size > side:
     raise InputError(f'mask size is {config.size} cells; expected at most {side}, the image size')

@@ -73,6 +73,12 @@ class UpSample(nn.Module):
   @nn.compact
   def __call__(self, x: Array, passed: Array, train: bool = False) -> Array:
     """[B,h,w,C] and [B,2h,2w,D] -> [B,2h,2w,features]."""
+    if (2 * x.shape[1], 2 * x.shape[2]) != passed.shape[1:3]:
+      raise InputError(
+        f'the encoder brings features of {x.shape[1]}×{x.shape[2]} and {passed.shape[1]}×'
+        f'{passed.shape[2]} cells, and each level must halve: take images whose side is a multiple '
+        'of 32 px (--image_size)'
+      )
     y = Conv(4 * self.features, 3, 1, 1, dtype=self.dtype, name='upsampler.0.0')(x)
     y = self.act(BatchNorm(self.dtype, name='upsampler.0.1')(y, train))
     y = jnp.concatenate([self.act(pixel_shuffle(y)), passed], axis=-1)
