@@ -290,6 +290,8 @@ class Judged(NamedTuple):
   marked: Array  # f32[B], mean of the map
   p_kept: Array  # f32[B], p_y with the marked part alone, the rest substituted
   p_removed: Array  # f32[B], p_y with the marked part substituted
+  p_whole: Array  # f32[B], p_y of the image as it is
+  correct: Array  # bool[B], whether y is what the classifier predicts for it
   exists: Array  # bool[B], whether the selector says that y is present
 
 
@@ -310,12 +312,15 @@ def judge(
   """
   seen = _apply(module, variables, x, y, mean, std)
   mask = images.upsample(seen.map, (x.shape[1], x.shape[2]))
-  kept, removed = (losses.log_odds(clf(v).logits, y) for v in alone_and_without(mask, x, key))
+  logits = [clf(v).logits for v in (*alone_and_without(mask, x, key), x)]
+  kept, removed, whole = (jax.nn.sigmoid(-losses.log_odds(v, y)) for v in logits)
   return Judged(
     seen.map,
     jnp.mean(mask, axis=(1, 2)),
-    jax.nn.sigmoid(-kept),
-    jax.nn.sigmoid(-removed),
+    kept,
+    removed,
+    whole,
+    logits[-1].argmax(-1) == y,
     seen.exists[:, 1] > seen.exists[:, 0],
   )
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from adv2_jax import checkpoints, data, interpreters, nets
+from adv2_jax import checkpoints, data, interpreters, nets, saliency
 from adv2_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -67,7 +67,8 @@ def define_attack_flags() -> None:
   define_explain_flags()
   flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
-  flags.DEFINE_string('target_label', 'random', 'random, least_likely, a class, or FILE.csv.')
+  flags.DEFINE_string('target_label', 'random', 'random (another class; with rts, another of those '
+                      'that its decoder knows), least_likely, a class, or FILE.csv.')  # fmt: skip
   flags.DEFINE_float('epsilon', 0.031, 'L∞ radius, in units of the image range.')
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
@@ -121,6 +122,8 @@ def define_train_flags() -> None:
   flags.DEFINE_float('confidence', None, "rts: threshold of the selector's gate; default: 0.")
   flags.DEFINE_float('fake', None, 'rts: share of images asked for a class they do not show; '
                      'default: 0.3.')  # fmt: skip
+  flags.DEFINE_list('loss_weights', None, 'rts: of destroyer, area, smoothness and preserver; '
+                    'default: the published 1,8,0.5,0.3.')  # fmt: skip
 
 
 def define_bench_flags() -> None:
@@ -231,6 +234,21 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
     kind = 'positive' if name == 'std' else 'finite'
     raise InputError(
       f'--{name} is {",".join(values)}; expected three {kind} numbers, such as 0.5,0.5,0.5'
+    )
+  return numbers
+
+
+def loss_weights(values: list[str] | None) -> tuple[float, ...]:
+  """The four numbers of --loss_weights; the published ones where the flag is not given."""
+  if values is None:
+    return saliency.PUBLISHED
+  try:
+    numbers = tuple(float(v) for v in values)
+  except ValueError:
+    numbers = ()
+  if len(numbers) != 4 or not all(0 <= v < math.inf for v in numbers):
+    raise InputError(
+      f'--loss_weights is {",".join(values)}; expected four numbers from 0 on, such as 1,8,0.5,0.3'
     )
   return numbers
 

@@ -113,7 +113,8 @@ def load(config: dict[str, Any]) -> Setup:
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     jax.eval_shape(interpreter.explain, clf, x, one, jax.random.key(0))
   labels = dataset.labels
-  target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1])
+  known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
+  target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1], known)
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
   place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
   built = {name: place(interpreter) for name, interpreter in built.items()}

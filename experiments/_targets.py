@@ -1,7 +1,7 @@
 """What the attack wants: target labels and target maps, per example and from the flags alone."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,18 +11,26 @@ from adv2_jax.types import InputError
 MAPS = ('benign', 'random_class', 'random_patch')
 
 
-def labels(flag: str, seed: int, true: np.ndarray, num_classes: int) -> Callable[[int, int], int]:
+def labels(
+  flag: str,
+  seed: int,
+  true: np.ndarray,
+  num_classes: int,
+  classes: Sequence[int] | None = None,
+) -> Callable[[int, int], int]:
   """(id, least likely class) -> target class, for `--target_label`.
 
   'random' gives (label + RandomState(seed).randint(1, K, size=n_dataset)[id]) % K, so that a target
-  belongs to an example, not to a batch.
+  belongs to an example, not to a batch. Where an interpreter knows only some `classes` (sorted), it
+  gives another one of these, in the same way by their places.
 
   Raises:
     InputError: unknown value, class out of range, or a file that lacks or misnames an example.
   """
   if flag == 'random':
-    offset = np.random.RandomState(seed).randint(1, num_classes, size=len(true))
-    random = (true + offset) % num_classes
+    known = np.arange(num_classes) if classes is None else np.array(classes)
+    offset = np.random.RandomState(seed).randint(1, len(known), size=len(true))
+    random = known[(np.searchsorted(known, true) + offset) % len(known)]
     return lambda i, least: int(random[i])
   if flag == 'least_likely':
     return lambda i, least: least

@@ -23,7 +23,15 @@ from adv2_jax.types import InputError, Key, Map, PyTree
 from experiments import _flags
 
 METRICS = ('destroyer', 'preserver', 'area', 'smoothness', 'marked', 'marked_fake')
-FIGURES = ('p_kept', 'p_removed', 'marked', 'marked_fake', 'correlation', 'presence_accuracy')
+FIGURES = (
+  'p_whole',
+  'p_kept',
+  'p_removed',
+  'marked',
+  'marked_fake',
+  'correlation',
+  'presence_accuracy',
+)
 HELD_OUT = 500  # images at most
 SELECTOR_RATE = 0.02
 _BATCH = 25
@@ -54,6 +62,7 @@ def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key:
   """The net with its encoder's weights; InputError where weights, images or labels do not fit."""
   if not 0 <= c['fake'] < 1:
     raise InputError(f'--fake is {c["fake"]}; expected 0 or more, and less than 1')
+  _flags.loss_weights(c['loss_weights'])
   clf = checkpoints.load_classifier(c['model'], c['weights'])
   encoder = c['encoder'] or c['model']
   source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
@@ -113,7 +122,13 @@ def phases(
     training.Phase(
       'state',
       saliency.rts_step(
-        net.module, net.clf, tx, fake=c['fake'], train_encoder=c['train_encoder'], **common
+        net.module,
+        net.clf,
+        tx,
+        fake=c['fake'],
+        weights=saliency.Weights(*_flags.loss_weights(c['loss_weights'])),
+        train_encoder=c['train_encoder'],
+        **common,
       ),
       functools.partial(begin, tx, trained),
       steps,
@@ -146,18 +161,24 @@ class Judge:
       found.append(jax.tree.map(np.asarray, seen))
     return jax.tree.map(lambda *v: np.concatenate(v)[: len(label)], *found)
 
+  def both(self, variables: PyTree) -> tuple[saliency.Judged, saliency.Judged]:
+    """All images, asked for the class that they show, and for another."""
+    return self.judged(variables, self.label), self.judged(variables, self.fake)
+
   def __call__(self, variables: PyTree) -> dict[str, float]:
-    """Means over the held-out images, for the class shown and (`marked_fake`) for another."""
-    true, fake = self.judged(variables, self.label), self.judged(variables, self.fake)
-    present = (np.mean(true.exists) + np.mean(~np.asarray(fake.exists))) / 2
-    return {
-      'p_kept': float(true.p_kept.mean()),
-      'p_removed': float(true.p_removed.mean()),
-      'marked': float(true.marked.mean()),
-      'marked_fake': float(fake.marked.mean()),
-      'correlation': metrics.mean_correlation(np.asarray(true.map)),
-      'presence_accuracy': float(present),
-    }
+    """Means over the held-out images."""
+    return means(*self.both(variables))
+
+  def card(self, variables: PyTree) -> dict[str, dict[str, float]]:
+    """Means over the held-out images, and over those of them that the black box gets right."""
+    both = self.both(variables)
+    right = both[0].correct
+    found = {'held_out': means(*both)}
+    if right.sum() > 1:
+      found['held_out_correct'] = {'n': int(right.sum())} | means(
+        *jax.tree.map(lambda v: v[right], both)
+      )
+    return found
 
   def picture(self, variables: PyTree) -> Figure:
     """The first held-out images, their maps, and their maps for a class they do not show."""
@@ -172,6 +193,19 @@ class Judge:
           axis.imshow(picture)
           axis.set(xticks=[], yticks=[])
     return figure
+
+
+def means(true: saliency.Judged, fake: saliency.Judged) -> dict[str, float]:
+  """FIGURES, of images asked for the class shown and (`marked_fake`) for another."""
+  return {
+    'p_whole': float(true.p_whole.mean()),
+    'p_kept': float(true.p_kept.mean()),
+    'p_removed': float(true.p_removed.mean()),
+    'marked': float(true.marked.mean()),
+    'marked_fake': float(fake.marked.mean()),
+    'correlation': metrics.mean_correlation(np.asarray(true.map)),
+    'presence_accuracy': float((true.exists.mean() + (~fake.exists).mean()) / 2),
+  }
 
 
 def localisation(maps: Map, dataset: Dataset, ids: np.ndarray) -> dict[str, float]:

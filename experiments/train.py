@@ -270,9 +270,9 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
   def card(stored: PyTree, weights: pathlib.Path) -> dict[str, Any]:
     del weights
     whole = {**stored, 'black_box': net.variables['black_box']}
-    held_out = judge(whole)
+    found = judge.card(whole)
     maps = judge.judged(whole, judge.label).map
-    held_out |= _train_rts.localisation(maps, test.dataset, test.ids)
+    found['held_out'] |= _train_rts.localisation(maps, test.dataset, test.ids)
     return {
       'model': 'rts',
       'black_box': c['model'],
@@ -283,8 +283,8 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
       'num_classes': net.module.num_classes,
       'mean': net.mean,
       'std': net.std,
-      'accuracy': held_out['presence_accuracy'],
-      'held_out': held_out,
+      'accuracy': found['held_out']['presence_accuracy'],
+      **found,
     }
 
   return Task(
@@ -311,6 +311,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     'widths': None,
     'confidence': 0.0,
     'fake': 0.3,
+    'loss_weights': None,
   },
 }
 

@@ -144,3 +144,13 @@ def test_a_target_file_in_another_encoding_is_named(tmp_path):
   file.write_bytes('id,target,what\n2,3,Käfer\n'.encode('latin-1'))
   with pytest.raises(InputError, match=r'targets\.csv is not a CSV file in UTF-8'):
     _targets.labels(str(file), 0, np.zeros(10, int), 10)
+
+
+def test_random_targets_are_classes_that_the_decoder_knows():
+  true, known = np.array([217, 0, 574, 217] * 50), (0, 217, 482, 574)
+  target_of = _targets.labels('random', 3, true, 1000, known)
+  targets = np.array([target_of(i, -1) for i in range(len(true))])
+  places = np.searchsorted(known, targets)
+  assert (np.array(known)[places] == targets).all()
+  offset = np.random.RandomState(3).randint(1, 4, size=200)
+  np.testing.assert_array_equal((places - np.searchsorted(known, true)) % 4, offset)

@@ -318,6 +318,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     'selector_steps': 2,
     'steps': 3,
     'widths': ['8', '8'],
+    'loss_weights': ['0', '100', '0', '0'],
     'workdir': str(tmp_path / 'w'),
   }
   original = training.fit
@@ -339,10 +340,15 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     rows = list(csv.DictReader(file))
   assert [row['phase'] for row in rows] == ['selector', 'state', 'state']
   assert 0 < float(rows[-1]['held_out_marked']) < 1
+  presence = float(rows[1]['loss']) - 100 * float(rows[1]['area'])  # the rest of the loss
+  assert 0 < presence < 5
   assert (folder / 'figures/maps-000.png').stat().st_size > 10_000
   card = json.loads((folder / 'rts.json').read_text())
   assert card['held_out']['marked'] == pytest.approx(float(rows[-1]['held_out_marked']), abs=0.02)
   assert 0 <= card['held_out']['pointing_game'] <= 1
+  right = card['held_out_correct']
+  assert right['n'] <= 25
+  assert right['p_whole'] >= card['held_out']['p_whole'] > 0.5
   decoder = checkpoints.load_decoder(folder / 'rts.safetensors', 'scene_resnet')
   encoder = checkpoints.load_classifier('scene_resnet').params['params']
   frozen = decoder.params['params']['encoder']
@@ -358,6 +364,8 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'fake': 1.0}, '--fake is 1.0; expected 0 or more, and less than 1'),
     ({'widths': ['8']}, '--widths has 1 numbers; scene_resnet needs 2'),
     ({'widths': ['8', 'x']}, '--widths is 8,x; expected'),
+    ({'loss_weights': ['1', '8', '-1', '0.3']}, '--loss_weights is 1,8,-1,0.3; expected four'),
+    ({'loss_weights': ['1', '8']}, '--loss_weights is 1,8; expected four numbers from 0 on'),
     ({'label_smoothing': 0.0}, '--label_smoothing 0.0: only --task classifier has it'),
     ({'image_size': 60}, 'features of 8×8 and 15×15 cells, .* a multiple of 32 px'),
     ({'num_examples': 1, 'batch_size': 1}, 'all training images are of class'),
