@@ -47,15 +47,16 @@ def test_the_implicit_gradient_is_that_of_the_solved_map():
 
 
 @pytest.mark.parametrize('route', ['unrolled', 'stationary'])
-def test_a_route_descends_what_it_says(route):
+def test_a_route_descends_what_it_says(route, monkeypatch):
   """The gradient of its distance is that of the distance, written down and measured here."""
+  monkeypatch.setattr(R, 'smooth', lambda clf: clf)  # the test's net is smooth as it is
   few, step, eta = CONFIG._replace(steps=5, decay=False), 1e-5, 2.0
   with jax.enable_x64(True):
     clf, x = jax.tree.map(
       lambda v: jnp.asarray(v, jnp.float64), (tiny.classifier(act=nn.softplus), tiny.images(3))
     )
     wanted = jnp.asarray(np.random.RandomState(0).rand(3, 4, 4))
-    net = R.smooth(clf)
+    net = clf
 
     def apart_by_hand(x):
       if route == 'stationary':
@@ -78,6 +79,5 @@ def test_a_route_descends_what_it_says(route):
     measured = np.array(
       [float(by_hand(x + step * d) - by_hand(x - step * d)) / 2 / step for d in directions]
     )
-  predicted = np.array([float(jnp.vdot(g, d)) for d in directions])
-  # Not exactly: the net is a ReLU's going forward, and its derivative is the smoothed one.
-  np.testing.assert_allclose(predicted, measured, atol=0.02 * abs(measured).max())
+    predicted = np.array([float(jnp.vdot(g, d)) for d in directions])
+  np.testing.assert_allclose(predicted, measured, atol=0.01 * abs(measured).max())
