@@ -187,6 +187,8 @@ def routes(c: masking.MaskConfig) -> dict[str, tuple[Interpreter, presets.Recipe
     'pgd': (mask(), presets.plain_pgd('fast')),
     'published 100': (mask(), presets.authors('mask', steps_s2=100)),
     'published 1000': (mask(), presets.authors('mask')),
+    'published 100, not warmed up': (mask(), presets.authors('mask', 0, 100)),
+    'published 400, not warmed up': (mask(), presets.authors('mask', 0, 400)),
     'fast': (mask(), presets.fast('mask')),
     'fast without slopes': (mask(looks=3, slope=0), presets.fast('mask')),
     'unrolled 10': (unrolled(c, fast, 10), grad),
@@ -262,5 +264,5 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
 if __name__ == '__main__':
   _flags.define_data_flags()
   _flags.define_example_flags()
-  absl_flags.DEFINE_list('routes', None, 'Which; default: all.')
+  absl_flags.DEFINE_multi_string('routes', None, 'Which; default: all.')
   _flags.start(run)
