@@ -374,6 +374,14 @@ def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Dec
       f'{path}: no card of a saliency decoder beside it ({path.with_suffix(".json").name} with '
       f'{missing[0]!r}); train one: python -m experiments.train --task rts'
     )
+  known, num_classes = card['classes'], card['num_classes']
+  if known is not None and not (
+    len(known) > 1 and sorted({*known}) == known and known[0] >= 0 and known[-1] < num_classes
+  ):
+    raise InputError(
+      f'the card of {path} has the classes {known}; expected two or more of 0…{num_classes - 1}, '
+      'rising, as python -m experiments.train --task rts writes them'
+    )
   if black_box not in (None, card['black_box']):
     raise InputError(
       f'the decoder {source} was trained to explain {card["black_box"]}, not {black_box}; give '
@@ -381,7 +389,7 @@ def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Dec
     )
   module, apply_fn = _empty_decoder(
     card['encoder'],
-    card['num_classes'],
+    num_classes,
     tuple(card['widths']),
     card['confidence'],
     _per_channel('mean', card['mean']),
@@ -389,8 +397,7 @@ def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Dec
   )
   shapes = saliency_unet.variable_shapes(module)
   variables = from_tensors(shapes, read_tensors(path), f'{source} as a saliency net')
-  classes = None if card['classes'] is None else tuple(card['classes'])
-  return Decoder(variables, apply_fn, card['num_classes'], classes)
+  return Decoder(variables, apply_fn, num_classes, None if known is None else tuple(known))
 
 
 @functools.cache

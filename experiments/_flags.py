@@ -122,8 +122,8 @@ def define_train_flags() -> None:
   flags.DEFINE_float('confidence', None, "rts: threshold of the selector's gate; default: 0.")
   flags.DEFINE_float('fake', None, 'rts: share of images asked for a class they do not show; '
                      'default: 0.3.')  # fmt: skip
-  flags.DEFINE_list('loss_weights', None, 'rts: of destroyer, area, smoothness and preserver; '
-                    'default: the published 1,8,0.5,0.3.')  # fmt: skip
+  flags.DEFINE_list('loss_weights', None, 'rts: weights of destroyer, area, smoothness and '
+                    'preserver in the loss; default: the published 1,8,0.5,0.3.')  # fmt: skip
 
 
 def define_bench_flags() -> None:
@@ -238,7 +238,7 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
   return numbers
 
 
-def loss_weights(values: list[str] | None) -> tuple[float, ...]:
+def loss_weights(values: list[str] | None) -> saliency.Weights:
   """The four numbers of --loss_weights; the published ones where the flag is not given."""
   if values is None:
     return saliency.PUBLISHED
@@ -246,11 +246,12 @@ def loss_weights(values: list[str] | None) -> tuple[float, ...]:
     numbers = tuple(float(v) for v in values)
   except ValueError:
     numbers = ()
-  if len(numbers) != 4 or not all(0 <= v < math.inf for v in numbers):
+  if len(numbers) != 4 or not all(0 <= v < math.inf for v in numbers) or not any(numbers):
     raise InputError(
-      f'--loss_weights is {",".join(values)}; expected four numbers from 0 on, such as 1,8,0.5,0.3'
+      f'--loss_weights is {",".join(values)}; expected four numbers from 0 on, not all 0: those of '
+      'destroyer, area, smoothness and preserver, such as 1,8,0.5,0.3'
     )
-  return numbers
+  return saliency.Weights(*numbers)
 
 
 def widths(values: list[str] | None) -> list[int] | None:

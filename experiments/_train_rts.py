@@ -23,14 +23,14 @@ from adv2_jax.types import InputError, Key, Map, PyTree
 from experiments import _flags
 
 METRICS = ('destroyer', 'preserver', 'area', 'smoothness', 'marked', 'marked_fake')
-FIGURES = (
-  'p_whole',
+FIGURES = (  # the progress bar shows the first
   'p_kept',
   'p_removed',
   'marked',
   'marked_fake',
   'correlation',
   'presence_accuracy',
+  'p_whole',
 )
 HELD_OUT = 500  # images at most
 SELECTOR_RATE = 0.02
@@ -58,11 +58,16 @@ class Net(NamedTuple):
   classes: tuple[int, ...] | None
 
 
-def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:
-  """The net with its encoder's weights; InputError where weights, images or labels do not fit."""
+def check(c: Mapping[str, Any]) -> None:
+  """InputError for flags that are wrong whatever the data."""
   if not 0 <= c['fake'] < 1:
     raise InputError(f'--fake is {c["fake"]}; expected 0 or more, and less than 1')
   _flags.loss_weights(c['loss_weights'])
+  _flags.widths(c['widths'])
+
+
+def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:
+  """The net with its encoder's weights; InputError where weights, images or labels do not fit."""
   clf = checkpoints.load_classifier(c['model'], c['weights'])
   encoder = c['encoder'] or c['model']
   source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
@@ -126,7 +131,7 @@ def phases(
         net.clf,
         tx,
         fake=c['fake'],
-        weights=saliency.Weights(*_flags.loss_weights(c['loss_weights'])),
+        weights=_flags.loss_weights(c['loss_weights']),
         train_encoder=c['train_encoder'],
         **common,
       ),
@@ -169,11 +174,16 @@ class Judge:
     """Means over the held-out images."""
     return means(*self.both(variables))
 
-  def card(self, variables: PyTree) -> dict[str, dict[str, float]]:
-    """Means over the held-out images, and over those of them that the black box gets right."""
+  def card(
+    self, variables: PyTree, dataset: Dataset, ids: np.ndarray
+  ) -> dict[str, dict[str, float]]:
+    """Means over the held-out images, and over those of them that the black box gets right.
+
+    The latter are left out where they are fewer than two: `correlation` is between images.
+    """
     both = self.both(variables)
     right = both[0].correct
-    found = {'held_out': means(*both)}
+    found = {'held_out': means(*both) | localisation(both[0].map, dataset, ids)}
     if right.sum() > 1:
       found['held_out_correct'] = {'n': int(right.sum())} | means(
         *jax.tree.map(lambda v: v[right], both)
@@ -196,15 +206,20 @@ class Judge:
 
 
 def means(true: saliency.Judged, fake: saliency.Judged) -> dict[str, float]:
-  """FIGURES, of images asked for the class shown and (`marked_fake`) for another."""
+  """FIGURES, of images asked for the class that they show, and for another.
+
+  p_kept, p_removed, p_whole: probability of the class shown with the marked part alone, without
+  it, and of the whole image; marked, marked_fake: share of the image marked for the class shown,
+  for the other; presence_accuracy: how often the selector is right about the two.
+  """
   return {
-    'p_whole': float(true.p_whole.mean()),
     'p_kept': float(true.p_kept.mean()),
     'p_removed': float(true.p_removed.mean()),
     'marked': float(true.marked.mean()),
     'marked_fake': float(fake.marked.mean()),
     'correlation': metrics.mean_correlation(np.asarray(true.map)),
     'presence_accuracy': float((true.exists.mean() + (~fake.exists).mean()) / 2),
+    'p_whole': float(true.p_whole.mean()),
   }
 
 

@@ -189,10 +189,13 @@ def prepare(config: Mapping[str, Any]) -> Job:
   given = {name: value for name, value in config.items() if value is not None}
   for other, its in DEFAULTS.items():
     for name in sorted(its.keys() & given.keys() - DEFAULTS[config['task']].keys()):
-      raise InputError(f'--{name} {given[name]}: only --task {other} has it')
+      value = ','.join(v) if isinstance(v := given[name], list) else v
+      raise InputError(f'--{name} {value}: only --task {other} has it')
   c = {**dict.fromkeys(config), **DEFAULTS[config['task']], **given}
   for name in ('mean', 'std'):
     _flags.floats(c[name], name)
+  if c['task'] == 'rts':
+    _train_rts.check(c)
   for name in (c['model'], c['encoder'] or c['model']):
     nets.build(name)  # Wrong names are told before anything is decoded.
   for source in filter(None, (c['weights'], c['encoder_weights'])):
@@ -270,9 +273,7 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
   def card(stored: PyTree, weights: pathlib.Path) -> dict[str, Any]:
     del weights
     whole = {**stored, 'black_box': net.variables['black_box']}
-    found = judge.card(whole)
-    maps = judge.judged(whole, judge.label).map
-    found['held_out'] |= _train_rts.localisation(maps, test.dataset, test.ids)
+    found = judge.card(whole, test.dataset, test.ids)
     return {
       'model': 'rts',
       'black_box': c['model'],
