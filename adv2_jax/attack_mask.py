@@ -64,6 +64,9 @@ def adv2_mask(
   targets); x is kept in P(x0) after both of its moves; of the renewed solutions that are successes
   the one of smallest √mse to the target map is delivered. m follows at the solver's first rate.
 
+  Where the class survives every blur, so that the solved mask is 1 in all cells, the clip to [0,1]
+  has no derivative and x is not moved for its map: start from images not too sure of the target.
+
   Args:
     clf: the classifier f.
     config: of the solver that will judge.
