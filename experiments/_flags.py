@@ -23,7 +23,9 @@ def define_data_flags() -> None:
   flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
   flags.DEFINE_string('data_path', None, 'Folder or file of the data; tfds: its data directory.')
   flags.DEFINE_string('label_key', 'y', LABEL_KEY_HELP)
-  flags.DEFINE_string('split', None, 'Split of scenes and tfds sets; default: the evaluation one.')
+  flags.DEFINE_string('split', None, 'Split of scenes and tfds sets, default: the evaluation one; '
+                      'of others train or held_out (the tenth that experiments.train holds out), '
+                      'default: all.')  # fmt: skip
   flags.DEFINE_string('masks', None, 'Masks or boxes (.npz, .json) for localisation.')
   flags.DEFINE_integer('image_size', None, "Side in pixels; default: the model's own.")
   flags.DEFINE_bool('skip_corrupt', False, 'Leave damaged images out instead of stopping.')
@@ -131,7 +133,8 @@ def define_bench_flags() -> None:
   flags.DEFINE_enum('model', 'resnet50', ['resnet18', 'resnet34', 'resnet50', 'resnet101'], 'Net.')
   flags.DEFINE_string('weights', None, 'As in experiments.attack; default: random ones.')
   flags.DEFINE_list('batch_sizes', ['4', '16'], 'Images per step, one table row each.')
-  flags.DEFINE_list('steps', ['cam', 'grad'], 'Which attack steps.')
+  flags.DEFINE_list('steps', ['cam', 'grad'], 'Which attack steps: cam, grad, mask.')
+  flags.DEFINE_list('looks', ['4'], 'mask: iterations looked through, one table row each.')
   flags.DEFINE_integer('repeats', 5, 'Measurements of each, the sides taking turns.')
   flags.DEFINE_integer('image_size', 224, 'Side in pixels.')
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')

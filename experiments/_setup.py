@@ -157,9 +157,10 @@ def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]
 
 
 def order(setup: Setup) -> np.ndarray:
-  """All ids in the order in which the data set is gone through: as stored, or shuffled."""
+  """The split's ids in the order in which they are gone through: as stored, or shuffled."""
   n = len(setup.dataset)
-  return np.random.default_rng(0).permutation(n) if setup.config['shuffle'] else np.arange(n)
+  ids = np.random.default_rng(0).permutation(n) if setup.config['shuffle'] else np.arange(n)
+  return ids[~np.isin(ids, list(setup.dataset.left_out))]
 
 
 def _readable(setup: Setup, start: int = 0) -> np.ndarray:
@@ -177,15 +178,15 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
   chosen: list[int] = []
   targets: list[int] = []
   met: dict[int, list[int]] = {}  # predicted class -> ids
-  seen = len(true)
-  place = np.argsort(order(setup))
+  place = {int(i): n for n, i in enumerate(order(setup))}
+  seen = len(place)
   for i, best, worst in predictions(setup, _readable(setup)):
     met.setdefault(best, []).append(i)
     if best == true[i] and (target := target_of(i, worst)) != true[i]:
       chosen.append(i)
       targets.append(target)
     if len(chosen) == c['skip_examples'] + c['num_examples']:
-      seen = int(place[i]) + 1
+      seen = place[i] + 1
       break
   if len(chosen) <= c['skip_examples']:
     raise InputError(

@@ -7,7 +7,9 @@ torch's time by ours. The first gradients are compared too: it is the same step.
 (extra `bench`) the library is timed alone.
 
 Also prints the matrix products' own speed, and the share of it that the step reaches, counting the
-forward pass's multiplications and additions once per network pass.
+forward pass's multiplications and additions once per network pass; and the memory that the compiled
+step takes, weights included. The step of the published alternation on MASK (`--steps mask --looks
+1,4,16`) is compiled for its memory alone: it renews its solution, which takes minutes.
 """
 
 import json
@@ -26,8 +28,9 @@ import optax
 
 from adv2_jax import checkpoints, images, interpreters, nets, perturbations, store
 from adv2_jax.attack import adv2, run_chunk
+from adv2_jax.attack_mask import adv2_mask
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
-from adv2_jax.types import Batch, InputError, PyTree
+from adv2_jax.types import Attack, Batch, InputError, PyTree
 from experiments import _flags, _setup
 
 EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
@@ -60,8 +63,14 @@ def make_batch(n: int, image_size: int, num_classes: int, map_size: int) -> Batc
   )
 
 
-def make_attack(clf: Classifier, step: str) -> Any:
-  """The attack whose step is timed: PGD on cross-entropy plus λ times the maps' squared error."""
+def make_attack(clf: Classifier, step: str, looks: int | None = None) -> Attack:
+  """The attack whose step is measured: PGD on cross-entropy plus λ times the maps' squared error.
+
+  With `looks`, MASK: the published alternation with so many iterations looked through.
+  """
+  if looks is not None:
+    ball, key = perturbations.linf_ball(EPSILON), jax.random.key(0)
+    return adv2_mask(clf, interpreters.MaskConfig(), ball, key=key, looks=looks)
   return adv2(
     clf,
     interpreters.build(step),
@@ -72,18 +81,23 @@ def make_attack(clf: Classifier, step: str) -> Any:
   )
 
 
-def compile_steps(clf: Classifier, step: str, batch: Batch) -> tuple[Callable[[], None], float]:
-  """(a function that does CHUNK steps, seconds to compile)."""
+def compile_steps(
+  clf: Classifier, step: str, batch: Batch, looks: int | None = None
+) -> tuple[Callable[[], None], dict[str, Any]]:
+  """(a function that does CHUNK steps, seconds to compile and GiB that it takes)."""
 
   def run(clf: Classifier, batch: Batch) -> PyTree:
-    attacker = make_attack(clf, step)
+    attacker = make_attack(clf, step, looks)
     state, _ = run_chunk(attacker, batch, attacker.init(batch, None), CHUNK)
     return state.delta
 
   start = time.perf_counter()
   compiled = jax.jit(run).lower(clf, batch).compile()
   seconds = time.perf_counter() - start
-  return lambda: jax.block_until_ready(compiled(clf, batch)), seconds
+  need = compiled.memory_analysis()
+  taken = need.temp_size_in_bytes + need.argument_size_in_bytes + need.output_size_in_bytes
+  figures = {'seconds_compile': seconds, 'gib': taken / 2**30}
+  return lambda: jax.block_until_ready(compiled(clf, batch)), figures
 
 
 def first_gradient(clf: Classifier, step: str, batch: Batch) -> np.ndarray:
@@ -145,10 +159,10 @@ def forward_flops(clf: Classifier, x: jax.Array) -> float:
 def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   """Measures and prints; returns what --out gets."""
   weights, size, dtype = config['weights'], config['image_size'], config['dtype']
-  batch_sizes = _positive(config['batch_sizes'])
+  batch_sizes, looks = _positive(config, 'batch_sizes'), _positive(config, 'looks')
   for step in config['steps']:
-    if step not in ('cam', 'grad'):
-      raise InputError(f'--steps has {step!r}; expected cam, grad or both')
+    if step not in ('cam', 'grad', 'mask'):
+      raise InputError(f'--steps has {step!r}; expected some of cam, grad, mask')
   if config['repeats'] < 1 or size < 64:
     raise InputError(
       f'--repeats is {config["repeats"]}, --image_size {size}; expected ≥ 1 and ≥ 64'
@@ -175,8 +189,9 @@ def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   rows = []
   for step in config['steps']:
     for n in batch_sizes:
-      rows.append(measure(clf, step, n, size, config['repeats'], rival, ceilings.get(dtype)))
-      print(table(rows[-1:], header=len(rows) == 1), flush=True)
+      for k in looks if step == 'mask' else [None]:
+        rows.append(measure(clf, step, n, size, k, config['repeats'], rival, ceilings.get(dtype)))
+        print(table(rows[-1:], header=len(rows) == 1), flush=True)
   return {
     'config': dict(config),
     'environment': {
@@ -196,17 +211,22 @@ def measure(
   step: str,
   n: int,
   size: int,
+  looks: int | None,
   repeats: int,
   rival: Callable[..., Any] | None,
   ceiling: float | None,
 ) -> dict[str, Any]:
-  """One row: the step at batch size n."""
-  logits = jax.eval_shape(clf.apply_fn, clf.params, jnp.zeros((1, size, size, 3)))
-  map_size = logits.taps['features'].shape[1] if step == 'cam' else size // 4
-  batch = make_batch(n, size, logits.logits.shape[1], map_size)
-  ours, seconds_compile = compile_steps(clf, step, batch)
+  """One row: the step at batch size n; with `looks`, of MASK and not timed."""
+  x, y = np.zeros((1, size, size, 3), np.float32), np.zeros(1, np.int32)
+  num_classes = jax.eval_shape(clf, x).logits.shape[1]
+  keys = jax.random.split(jax.random.key(0), 1)
+  maps = jax.eval_shape(interpreters.build(step).explain, clf, x, y, keys)
+  batch = make_batch(n, size, num_classes, maps.shape[1])
+  ours, figures = compile_steps(clf, step, batch, looks)
   sides: dict[str, Callable[[], Any]] = {'jax': ours}
-  row: dict[str, Any] = {'step': step, 'batch_size': n, 'seconds_compile': seconds_compile}
+  row: dict[str, Any] = {'step': step, 'batch_size': n, 'looks': looks, **figures}
+  if looks is not None:
+    return row
   if rival is not None:
     theirs = rival(step, *map(np.asarray, batch[1:4]), WEIGHT, EPSILON, ALPHA)
     sides['torch'] = lambda: theirs(CHUNK)
@@ -227,12 +247,14 @@ def measure(
 COLUMNS = {
   'step': ('step', 's'),
   'batch_size': ('batch', 'd'),
+  'looks': ('looks', 'd'),
   'seconds_jax': ('s per evaluation', '.4f'),
   'seconds_torch': ('torch', '.4f'),
   'ratio': ('torch / jax', '.2f'),
   'gradient_difference': ('gradients differ by', '.1e'),
   'ceiling_share': ('of matmul ceiling', '.0%'),
   'seconds_compile': ('s to compile', '.1f'),
+  'gib': ('GiB', '.2f'),
 }
 
 
@@ -253,13 +275,14 @@ def table(rows: list[dict[str, Any]], header: bool = True) -> str:
   return '\n'.join(lines)
 
 
-def _positive(values: list[str]) -> list[int]:
+def _positive(config: Mapping[str, Any], name: str) -> list[int]:
+  values = config[name]
   try:
     sizes = [int(v) for v in values]
   except ValueError:
     sizes = []
   if not sizes or min(sizes) < 1:
-    raise InputError(f'--batch_sizes is {",".join(values)}; expected numbers such as 4,16')
+    raise InputError(f'--{name} is {",".join(values)}; expected numbers such as 4,16')
   return sizes
 
 

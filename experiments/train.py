@@ -91,9 +91,8 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
     test = data.load(name, config['test_path'] or path, **options)
     test = test.numbered_for(train.num_classes, train.class_names)
     return Opened(train, train.ids[:limit]), Opened(test, test.ids)
-  ids = train.ids[:limit]
-  held_out = np.random.default_rng(0).permutation(len(ids)) < max(1, len(ids) // 10)
-  return Opened(train, ids[~held_out]), Opened(train, ids[held_out])
+  of_train, held_out = (train.part(split).ids for split in ('train', 'held_out'))
+  return Opened(train, of_train[:limit]), Opened(train, held_out)
 
 
 def linear_baseline(train: Arrays, test: Arrays) -> float | None:

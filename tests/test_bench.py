@@ -55,9 +55,18 @@ def test_torch_does_the_same_step(torch_step, step, tolerance):
 def test_timed_steps_move_the_images_inside_the_ball():
   clf = from_linen(*tiny())
   batch = bench.make_batch(2, SIZE, CLASSES, 2)
-  run, _ = bench.compile_steps(clf, 'cam', batch)
+  run, figures = bench.compile_steps(clf, 'cam', batch)
   delta = np.asarray(run())
+  assert batch.x.nbytes < figures['gib'] * 2**30 < 2**30
   assert 1.5 * bench.ALPHA < np.abs(delta).max() < (bench.CHUNK + 0.01) * bench.ALPHA
+
+
+@pytest.mark.slow
+def test_the_memory_of_mask_s_alternation_hardly_grows_with_its_looks():
+  """Activations kept until the backward pass would cost as much for each of them."""
+  clf = from_linen(*tiny())
+  few, many = (bench.measure(clf, 'mask', 2, SIZE, k, 1, None, None)['gib'] for k in (2, 10))
+  assert 0.9 * few < many < 1.1 * few
 
 
 def test_random_weights_keep_activations_of_order_one():
@@ -112,7 +121,8 @@ def test_the_whole_command(torch_step, monkeypatch, tmp_path, capsys):
   [
     ({'batch_sizes': ['4', 'x']}, '--batch_sizes is 4,x'),
     ({'batch_sizes': ['0']}, '--batch_sizes is 0'),
-    ({'steps': ['mask']}, "--steps has 'mask'"),
+    ({'steps': ['rts']}, "--steps has 'rts'"),
+    ({'looks': ['0']}, '--looks is 0'),
     ({'repeats': 0}, '--repeats is 0'),
     ({'weights': '/nowhere/resnet50.npz'}, '/nowhere/resnet50.npz'),
   ],

@@ -300,6 +300,17 @@ def test_shuffled_examples_come_from_all_over_the_set(victim):
   assert examples.num_skipped == places.index(expected[-1]) + 1 - 3
 
 
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_the_other_part_of_a_set_is_neither_attacked_nor_counted(victim, shuffle):
+  setup = _setup.load(defaults() | victim | {'split': 'train', 'shuffle': shuffle})
+  (left_out,) = setup.dataset.left_out
+  everything = select(victim, num_examples=64, shuffle=shuffle)
+  examples = select(victim, num_examples=64, shuffle=shuffle, split='train')
+  np.testing.assert_array_equal(examples.id, everything.id[everything.id != left_out])
+  assert left_out not in examples.other
+  assert len(examples.id) + examples.num_skipped == 9
+
+
 def test_examples_of_one_class_only_are_remarked(victim, tmp_path, capsys):
   arrays = np.load(victim['data_path'])
   same = {name: np.repeat(arrays[name][2:3], 6, axis=0) for name in ('image', 'label')}

@@ -8,6 +8,7 @@ from conftest import shared_data
 from adv2_jax import data, images
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError
+from experiments.train import open_data
 
 
 def pictures(n: int, size: int = 12) -> np.ndarray:
@@ -85,6 +86,20 @@ def test_packed_and_its_label_keys(tmp_path):
   fine = data.load('packed', path, label_key='y_fine')
   np.testing.assert_array_equal(fine.labels, np.arange(90, 95))
   assert fine.class_names is None
+
+
+def test_the_held_out_tenth_is_what_training_leaves_out(tmp_path):
+  path = write_packed(tmp_path / 'a.npz', n=40)
+  train, held_out = (data.load('packed', path, split=s) for s in ('train', 'held_out'))
+  assert sorted([*train.ids, *held_out.ids]) == list(range(40))
+  assert len(held_out.ids) == 4
+  assert not set(held_out.ids) <= set(range(36, 40))  # the set may be sorted by class
+  np.testing.assert_array_equal(held_out.labels, train.labels)  # ids are those of the file
+  config = {'dataset': 'packed', 'data_path': path, 'label_key': 'y', 'image_size': None}
+  config |= {'num_examples': 7, 'test_path': None}
+  trained_on, judged_on = open_data(config)
+  np.testing.assert_array_equal(trained_on.ids, train.ids[:7])
+  np.testing.assert_array_equal(judged_on.ids, held_out.ids)
 
 
 def test_images_are_resized_only_when_of_another_size(folder):
@@ -340,7 +355,7 @@ def test_missing_paths_and_names(tmp_path, folder):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(InputError, match='has no images'):
     data.load('folder', tmp_path / 'empty')
-  with pytest.raises(InputError, match='no splits'):
+  with pytest.raises(InputError, match='no splits but train and held_out'):
     data.load('folder', folder, split='test')
   with pytest.raises(InputError, match='only packed'):
     data.load('folder', folder, label_key='y_imagenet')

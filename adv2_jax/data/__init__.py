@@ -83,7 +83,8 @@ def load(
     data_path: the folder or file; for prepared tfds sets the tfds data directory (optional).
     image_size: resize the shorter side to S·256/224 and cut the middle S×S out, where images have
       another size; None keeps them.
-    split: for scenes and tfds sets; None for the one to evaluate on.
+    split: for scenes and tfds sets one of theirs, None for the one to evaluate on; for files
+      'train' or 'held_out' (see `Dataset.part`), None for all.
     label_key: which array of a packed file holds the labels; imagenette has 'y_imagenet' too, the
       numbers of its classes among ImageNet's.
     masks: file with the objects' masks or boxes, see `data.masks.read_masks`.
@@ -95,8 +96,6 @@ def load(
   if name not in NAMES:
     raise InputError(f'unknown data set {name!r}; expected one of {", ".join(NAMES)}')
   options: dict[str, Any] = {'image_size': image_size, 'skip_corrupt': skip_corrupt}
-  if split is not None and name not in ('scenes', *sources.TFDS):
-    raise InputError(f'--split {split!r}: a {name} data set has no splits')
   several = name == 'packed' or (name, label_key) == ('imagenette', sources.IMAGENET_KEY)
   if label_key != sources.LABEL_KEY and not several:
     raise InputError(
@@ -116,5 +115,7 @@ def load(
     dataset = sources.packed(data_path, label_key, **options)
   else:
     dataset = {'folder': sources.folder, 'npz': sources.npz}[name](data_path, **options)
+  if split is not None and name not in sources.TFDS:
+    dataset = dataset.part(split)
   dataset = _with_masks(dataset, masks)
-  return dataset.check() if len(dataset) <= CHECK_ALL_UP_TO else dataset
+  return dataset.check() if len(dataset.ids) <= CHECK_ALL_UP_TO else dataset

@@ -27,6 +27,7 @@ class Dataset:
     mask_of: id -> bool[H,W] of the object in the image as stored, or as resized; None if unknown.
     skip_corrupt: leave damaged images out, instead of stopping.
     damaged: ids found damaged by `check`.
+    left_out: ids of another split.
   """
 
   name: str
@@ -39,6 +40,7 @@ class Dataset:
   mask_of: Callable[[int], np.ndarray | None] | None = None
   skip_corrupt: bool = False
   damaged: frozenset[int] = frozenset()
+  left_out: frozenset[int] = frozenset()
 
   def __post_init__(self):
     labels = check_labels(self.labels, self.num_classes, self.name)
@@ -47,13 +49,30 @@ class Dataset:
       raise InputError(f'image_size {self.image_size} is not a positive number of pixels')
 
   def __len__(self) -> int:
-    """Number of examples in the set, damaged ones included."""
+    """Number of examples in the set, damaged ones and those left out included."""
     return len(self.labels)
 
   @property
   def ids(self) -> np.ndarray:
-    """The examples to use, i64[n] in order: all, less those found damaged."""
-    return np.setdiff1d(np.arange(len(self)), list(self.damaged))
+    """The examples to use, i64[n] in order: all of the split, less those found damaged."""
+    return np.setdiff1d(np.arange(len(self)), list(self.damaged | self.left_out))
+
+  def part(self, split: str) -> 'Dataset':
+    """The part 'train' or 'held_out' of a set that has no splits of its own; ids stay as they are.
+
+    The latter is a tenth, drawn at random but always the same: what `experiments.train` holds out.
+
+    Raises:
+      InputError: another split.
+    """
+    if split not in ('train', 'held_out'):
+      raise InputError(
+        f'--split {split!r}: a {self.name} data set has no splits but train and held_out'
+      )
+    n = len(self)
+    held_out = np.random.default_rng(0).permutation(n) < max(1, n // 10)
+    others = np.flatnonzero(held_out == (split == 'train'))
+    return dataclasses.replace(self, left_out=frozenset(others.tolist()))
 
   def image(self, i: int) -> np.ndarray:
     """Example i as u8[H,W,3], resized and cropped to `image_size` if that is set.
@@ -117,9 +136,10 @@ class Dataset:
       self.mask(i)
       first = first or (i, shape)
       self._check_shape(i, shape, *first)
-    if len(damaged) == len(self):
+    checked = dataclasses.replace(self, damaged=frozenset(damaged))
+    if not len(checked.ids):
       raise InputError(f'data set {self.name} has no readable image: check --data_path')
-    return dataclasses.replace(self, damaged=frozenset(damaged))
+    return checked
 
   def numbered_for(self, num_classes: int, class_names: Sequence[str] | None = None) -> 'Dataset':
     """The same set, its labels numbered as a classifier of `num_classes` numbers its classes.
