@@ -14,6 +14,7 @@ checked before its weights are used.
 """
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -355,16 +356,33 @@ def _empty_classifier(
 # --- saliency nets --------------------------------------------------------------------------------
 
 
-def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Decoder:
+def digest(source: str | os.PathLike) -> str:
+  """A fingerprint of weights, the same for every format that holds the same numbers."""
+  found = hashlib.sha256()
+  for name, tensor in sorted(read_tensors(source).items()):
+    found.update(name.encode())
+    found.update(np.ascontiguousarray(tensor, np.float32).tobytes())
+  return found.hexdigest()
+
+
+def load_decoder(
+  source: str | os.PathLike,
+  black_box: str | None = None,
+  weights: str | os.PathLike | None = None,
+  *,
+  dtype: Any = jnp.float32,
+) -> Decoder:
   """The saliency net of RTS, encoder included, as `experiments.train --task rts` writes it.
 
   Args:
     source: see `read_tensors`; its card tells encoder, widths and classes.
     black_box: name of the net that is to be explained; None: not checked.
+    weights: of the black box; None: not checked.
+    dtype: of the computation.
 
   Raises:
     InputError: no weights, no card of a decoder beside them, one that was trained for another
-      `black_box`, or tensors that do not fit.
+      `black_box` or with other `weights`, or tensors that do not fit.
   """
   path = resolve(source)
   card = read_card(path)
@@ -387,6 +405,12 @@ def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Dec
       f'the decoder {source} was trained to explain {card["black_box"]}, not {black_box}; give '
       'the one of this model, or train it: python -m experiments.train --task rts'
     )
+  trained_on = card.get('black_box_digest')
+  if weights is not None and trained_on not in (None, digest(weights)):
+    raise InputError(
+      f'the decoder {source} was trained to explain {card["black_box"]} with other weights than '
+      f'{weights}; give these, or train one: python -m experiments.train --task rts'
+    )
   module, apply_fn = _empty_decoder(
     card['encoder'],
     num_classes,
@@ -394,6 +418,7 @@ def load_decoder(source: str | os.PathLike, black_box: str | None = None) -> Dec
     card['confidence'],
     _per_channel('mean', card['mean']),
     _per_channel('std', card['std']),
+    jnp.dtype(dtype).name,
   )
   shapes = saliency_unet.variable_shapes(module)
   variables = from_tensors(shapes, read_tensors(path), f'{source} as a saliency net')
@@ -408,9 +433,12 @@ def _empty_decoder(
   confidence: float,
   mean: tuple[float, ...],
   std: tuple[float, ...],
+  dtype: str,
 ) -> tuple[saliency_unet.SaliencyUnet, Any]:
   """Memoised for the same reason as `_empty_classifier`."""
-  module = saliency_unet.build(encoder, num_classes, widths, confidence)
+  module = saliency_unet.build(
+    encoder, num_classes, widths, confidence, jnp.bfloat16 if dtype == 'bfloat16' else None
+  )
 
   def apply_fn(variables: PyTree, x: Image, y: Label) -> Any:
     return module.apply(variables, images.normalised(x, mean, std), y)

@@ -238,6 +238,9 @@ def rts_step(
 ) -> StepFn:
   """One step on the decoder (and the encoder, if asked); metrics are the batch means of the terms.
 
+  The loss is `training_loss` plus the selector's cross-entropy on whether the class is present, so
+  that it stays right when the encoder moves, or was not pre-trained.
+
   Args:
     module: the saliency net.
     black_box: the attacked classifier; its parameters are those in the state's 'black_box'.

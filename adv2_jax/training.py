@@ -269,7 +269,7 @@ def fit(
   *,
   checkpoint: pathlib.Path | None = None,
   save_every: int = 500,
-  evaluate: Callable[[PyTree], Mapping[str, float]] | None = None,
+  evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
   evaluate_every: int = 0,
   log: Callable[[dict[str, float]], None] = lambda row: None,
   log_every: int = 25,
@@ -285,7 +285,7 @@ def fit(
     key: folded with the step's number for each step.
     checkpoint: file the state is saved to, every `save_every` steps and at the end.
     save_every: steps between saves; one that is not finite is never saved.
-    evaluate: variables -> figures on held-out images, every `evaluate_every` steps (0: never) and
+    evaluate: state -> figures on held-out images, every `evaluate_every` steps (0: never) and
       at the end; logged as held_out_<name>, the first one shown in the bar.
     evaluate_every: steps between evaluations.
     log: gets one row per `log_every` steps, and one per evaluation.
@@ -329,7 +329,7 @@ def fit(
       if checkpoint is not None and save:
         save_state(checkpoint, state)
       if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
-        figures = evaluate(state.variables)
+        figures = evaluate(state)
         log({'step': step, **{f'held_out_{name}': value for name, value in figures.items()}})
         held_out = f'{next(iter(figures.values())):.4f}'
         since = time.perf_counter()

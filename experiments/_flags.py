@@ -100,8 +100,8 @@ def define_train_flags() -> None:
   flags.DEFINE_string('weights', None, 'Start from these weights; default: from random '
                       'ones. rts: those of the black box; default: the built-in ones.')  # fmt: skip
   flags.DEFINE_list('mean', None, "Channel means for normalisation; default: ImageNet's; rts: "
-                    "the encoder's, default: its card's.")  # fmt: skip
-  flags.DEFINE_list('std', None, "Channel deviations; default: ImageNet's.")
+                    "the black box's, default: its card's.")  # fmt: skip
+  flags.DEFINE_list('std', None, 'Channel deviations, likewise.')
   flags.DEFINE_string('workdir', None, 'Where to write; default: runs/train-<task>-<model>.')
   flags.DEFINE_bool('resume', False, 'Go on where the run in workdir stopped.')
   flags.DEFINE_integer('seed', 0, 'Of initial weights, order and augmentation; never of the data.')
@@ -116,6 +116,9 @@ def define_train_flags() -> None:
   flags.DEFINE_string('encoder', None, 'rts: net whose features are read; default: --model.')
   flags.DEFINE_string('encoder_weights', None, 'rts: its weights; default: those of --model '
                       'if it is that net, else its built-in ones.')  # fmt: skip
+  flags.DEFINE_list('encoder_mean', None, "rts: its channel means; default: the black box's if it "
+                    "is the same, else its card's, else ImageNet's.")  # fmt: skip
+  flags.DEFINE_list('encoder_std', None, 'rts: its channel deviations, likewise.')
   flags.DEFINE_bool('train_encoder', None, 'rts: train the encoder too.')
   flags.DEFINE_integer('selector_steps', None, 'rts: of the selector alone, first; default: an '
                        'epoch.', lower_bound=0)  # fmt: skip
@@ -124,6 +127,8 @@ def define_train_flags() -> None:
   flags.DEFINE_float('confidence', None, "rts: threshold of the selector's gate; default: 0.")
   flags.DEFINE_float('fake', None, 'rts: share of images asked for a class they do not show; '
                      'default: 0.3.')  # fmt: skip
+  flags.DEFINE_bool('only_correct', None, 'rts: learn from the images that the black box gets '
+                    'right; by default from all.')  # fmt: skip
   flags.DEFINE_list('loss_weights', None, 'rts: weights of destroyer, area, smoothness and '
                     'preserver in the loss; default: the published 1,8,0.5,0.3.')  # fmt: skip
 
@@ -232,9 +237,9 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
     numbers = tuple(float(v) for v in values)
   except ValueError:
     numbers = ()
-  low = 0 if name == 'std' else -math.inf
+  low = 0 if name.endswith('std') else -math.inf
   if len(numbers) != 3 or not all(low < v < math.inf for v in numbers):
-    kind = 'positive' if name == 'std' else 'finite'
+    kind = 'finite' if low else 'positive'
     raise InputError(
       f'--{name} is {",".join(values)}; expected three {kind} numbers, such as 0.5,0.5,0.5'
     )

@@ -89,7 +89,8 @@ def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
       f'--interpreters rts: no built-in decoder for {model} with {weights}; give --decoder '
       f'FILE.safetensors, from python -m experiments.train --task rts --model {model}'
     )
-  return checkpoints.load_decoder(source, model)
+  weights = config['weights'] or model
+  return checkpoints.load_decoder(source, model, weights, dtype=config['dtype'])
 
 
 def load(config: dict[str, Any]) -> Setup:

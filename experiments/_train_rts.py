@@ -48,6 +48,7 @@ class Net(NamedTuple):
     mean: of the encoder's input.
     std: of the encoder's input.
     classes: those that occur in the training data; None: all of the classifier's.
+    digest: of the black box's weights, see `checkpoints.digest`.
   """
 
   module: saliency_unet.SaliencyUnet
@@ -56,6 +57,7 @@ class Net(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   classes: tuple[int, ...] | None
+  digest: str
 
 
 def check(c: Mapping[str, Any]) -> None:
@@ -66,22 +68,64 @@ def check(c: Mapping[str, Any]) -> None:
   _flags.widths(c['widths'])
 
 
-def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:
-  """The net with its encoder's weights; InputError where weights, images or labels do not fit."""
-  clf = checkpoints.load_classifier(c['model'], c['weights'])
+def black_box(c: Mapping[str, Any]) -> Classifier:
+  """The classifier to explain, as `experiments.attack` would load it."""
+  mean, std = (_flags.floats(c[name], name) for name in ('mean', 'std'))
+  return checkpoints.load_classifier(c['model'], c['weights'], mean=mean, std=std)
+
+
+def correct(c: Mapping[str, Any], image: np.ndarray, label: np.ndarray) -> np.ndarray:
+  """bool[N]: which images u8[N,H,W,3] the black box gets right."""
+  clf = black_box(c)
+  predict = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
+  found = []
+  for start in range(0, len(label), _BATCH):
+    padded = np.resize(np.arange(start, min(start + _BATCH, len(label))), _BATCH)
+    found.append(np.asarray(predict(clf, images.from_uint8(image[padded]))))
+  return np.concatenate(found)[: len(label)] == label
+
+
+def numbered(c: Mapping[str, Any], dataset: Dataset) -> Dataset:
+  """The data, its labels those of the black box; InputError where that cannot be."""
+  card = checkpoints.read_card(checkpoints.resolve(c['weights'] or c['model']))
+  return dataset.numbered_for(_num_classes(black_box(c)), card.get('class_names'))
+
+
+def _num_classes(clf: Classifier) -> int:
+  return jax.eval_shape(clf, np.zeros((1, 64, 64, 3), np.float32)).logits.shape[-1]
+
+
+def encoder_of(c: Mapping[str, Any]) -> tuple[str, str]:
+  """The encoder's name, and where its weights are."""
   encoder = c['encoder'] or c['model']
-  source = c['encoder_weights'] or (c['weights'] if encoder == c['model'] else None) or encoder
+  own = c['weights'] if encoder == c['model'] else None
+  return encoder, c['encoder_weights'] or own or encoder
+
+
+def encoder_input(c: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and std of what the encoder sees: as flags say, as the black box where it is that net."""
+  source = encoder_of(c)[1]
+  card = checkpoints.read_card(checkpoints.resolve(source))
+  is_black_box = source == (c['weights'] or c['model'])
+
+  def of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    given = _flags.floats(c[f'encoder_{name}'], f'encoder_{name}')
+    same = _flags.floats(c[name], name) if is_black_box else None
+    return tuple(given or same or card.get(name, usual))
+
+  return of('mean', IMAGENET_MEAN), of('std', IMAGENET_STD)
+
+
+def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:
+  """The net with its encoder's weights; InputError where weights or images do not fit."""
+  clf = black_box(c)
+  encoder, source = encoder_of(c)
   one = np.zeros((1, *shape), np.float32)
-  num_classes = jax.eval_shape(clf, one).logits.shape[-1]
+  num_classes = _num_classes(clf)
   if len(np.unique(labels)) < 2:
     raise InputError(
       f'all training images are of class {labels[0]}; expected two classes or more, as the net '
       'learns from classes that are not there: the data may be sorted, raise --num_examples'
-    )
-  if labels.max() >= num_classes:
-    raise InputError(
-      f'the data has the label {labels.max()}, {c["model"]} the classes 0…{num_classes - 1}: '
-      'check --label_key and --weights'
     )
   widths = _flags.widths(c['widths'])
   module = saliency_unet.build(encoder, num_classes, widths, c['confidence'])
@@ -89,17 +133,14 @@ def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key:
   read = checkpoints.load_variables(module.encoder, tensors, f'{source} as the encoder {encoder}')
   fresh = jax.jit(module.init)(key, one, np.zeros(1, np.int32))
   variables = {part: {**fresh[part], 'encoder': read[part]} for part in fresh}
-  card = checkpoints.read_card(checkpoints.resolve(source))
-  mean = _flags.floats(c['mean'], 'mean') or card.get('mean', IMAGENET_MEAN)
-  std = _flags.floats(c['std'], 'std') or card.get('std', IMAGENET_STD)
   present = tuple(np.unique(labels).tolist())
   return Net(
     module,
     clf,
     {**variables, 'black_box': clf.params},
-    tuple(mean),
-    tuple(std),
+    *encoder_input(c),
     None if len(present) == num_classes else present,
+    checkpoints.digest(c['weights'] or c['model']),
   )
 
 

@@ -16,6 +16,7 @@ and a CIFAR-10 net is made by
 
 import csv
 import functools
+import io
 import os
 import pathlib
 import platform
@@ -191,7 +192,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
       value = ','.join(v) if isinstance(v := given[name], list) else v
       raise InputError(f'--{name} {value}: only --task {other} has it')
   c = {**dict.fromkeys(config), **DEFAULTS[config['task']], **given}
-  for name in ('mean', 'std'):
+  for name in ('mean', 'std', 'encoder_mean', 'encoder_std'):
     _flags.floats(c[name], name)
   if c['task'] == 'rts':
     _train_rts.check(c)
@@ -203,9 +204,20 @@ def prepare(config: Mapping[str, Any]) -> Job:
   store.check_workdir(path, c, c['resume'])
   to_train, held_out = open_data(c)
   if c['task'] == 'rts':
+    to_train, held_out = (
+      v._replace(dataset=_train_rts.numbered(c, v.dataset)) for v in (to_train, held_out)
+    )
     some = np.random.default_rng(0).permutation(held_out.ids)  # the set may be sorted by class
     held_out = held_out._replace(ids=some[: _train_rts.HELD_OUT])
   train, test = to_train.decode('train'), held_out.decode('held out')
+  if c['only_correct']:
+    right = _train_rts.correct(c, train.image, train.label)
+    train = train._replace(
+      ids=train.ids[right],
+      image=train.image[right],
+      label=train.label[right],
+      description=f'{train.description}, {right.sum()} of them classified correctly and used',
+    )
   batch_at = training.shuffled(train.image, train.label, c['batch_size'], c['seed'])
   per_epoch = len(train.label) // c['batch_size']
   known = c | {'steps': c['steps'] or c['epochs'] * per_epoch}
@@ -276,6 +288,7 @@ def rts_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch: int) 
     return {
       'model': 'rts',
       'black_box': c['model'],
+      'black_box_digest': net.digest,
       'encoder': c['encoder'] or c['model'],
       'widths': net.module.widths,
       'confidence': net.module.confidence,
@@ -306,11 +319,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     'learning_rate': 2e-3,
     'encoder': None,
     'encoder_weights': None,
+    'encoder_mean': None,
+    'encoder_std': None,
     'train_encoder': False,
     'selector_steps': None,
     'widths': None,
     'confidence': 0.0,
     'fake': 0.3,
+    'only_correct': False,
     'loss_weights': None,
   },
 }
@@ -322,20 +338,19 @@ def fit(job: Job) -> PyTree:
   columns = ('phase', 'step', 'loss', *task.metrics, 'seconds', 'images_per_second')
   columns = (*columns, *(f'held_out_{name}' for name in task.figures))
 
-  def look(variables: PyTree) -> dict[str, float]:
+  def look(state: training.TrainState) -> dict[str, float]:
     if task.picture:
-      number = len(list(job.path.glob('figures/maps-*.png')))
-      report.save_figure(job.path, f'maps-{number:03d}', task.picture(variables))
-    return task.evaluate(variables)
+      name = f'maps-{int(state.step):06d}'
+      report.save_figure(job.path, name, task.picture(state.variables))
+    return task.evaluate(state.variables)
 
-  with (job.path / LOG).open('a', newline='', buffering=1) as file:
-    writer = csv.DictWriter(file, columns, restval='')
-    if not file.tell():
-      writer.writeheader()
-    for number, phase in enumerate(task.phases):
-      state, checkpoint = phase.begin(variables), job.path / f'{phase.name}.msgpack'
-      if c['resume'] and checkpoint.exists():
-        state = training.load_state(checkpoint, state)
+  for number, phase in enumerate(task.phases):
+    state, checkpoint = phase.begin(variables), job.path / f'{phase.name}.msgpack'
+    if c['resume'] and checkpoint.exists():
+      state = training.load_state(checkpoint, state)
+    cut_log(job.path / LOG, columns, phase.name, int(state.step))
+    with (job.path / LOG).open('a', newline='', buffering=1) as file:
+      writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
       log = functools.partial(_log, writer, phase.name)
       is_last = phase is task.phases[-1]
       key = jax.random.fold_in(_keys(c)[1], number) if number else _keys(c)[1]
@@ -345,6 +360,16 @@ def fit(job: Job) -> PyTree:
         evaluate=look if is_last else None, evaluate_every=job.per_epoch,
       ).variables  # fmt: skip
   return variables
+
+
+def cut_log(path: pathlib.Path, columns: Sequence[str], phase: str, step: int) -> None:
+  """Leaves of this phase's rows those up to that step, as what followed is done again."""
+  rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ''))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, columns, lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(r for r in rows if r['phase'] != phase or int(r['step']) <= step)
+  images.write_atomic(path, text.getvalue().encode())
 
 
 def _log(writer: csv.DictWriter, phase: str, row: Mapping[str, float]) -> None:

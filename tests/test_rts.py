@@ -16,6 +16,7 @@ from parity.weights import numpy_weights
 from adv2_jax import (
   api,
   checkpoints,
+  images,
   interpreters,
   losses,
   metrics,
@@ -189,18 +190,21 @@ def test_the_selector_learns_and_nothing_else_moves(variables):
     assert all(jax.tree.leaves(same)) == (name != 'selector_module')
 
 
-def test_the_decoder_learns_and_the_encoder_stays(variables):
+@pytest.mark.parametrize('train_encoder', [False, True])
+def test_the_decoder_learns_and_the_encoder_moves_if_asked(variables, train_encoder):
   clf = tiny.classifier()
   tx = optax.adam(0.01)
   state = TrainState(
     jnp.int32(0),
     {**variables, 'black_box': clf.params},
-    tx.init(saliency.trained(variables['params'], False)),
+    tx.init(saliency.trained(variables['params'], train_encoder)),
   )
-  step = saliency.rts_step(UNET, clf, tx, mean=MEAN, std=STD)
+  step = saliency.rts_step(UNET, clf, tx, mean=MEAN, std=STD, train_encoder=train_encoder)
   after, seen = train(step, state, 60)
   loss = [m['loss'] for m in seen]
   assert np.mean(loss[-10:]) < np.mean(loss[:10]) - 0.1
+  same = jax.tree.map(np.array_equal, after.variables['black_box'], clf.params)
+  assert all(jax.tree.leaves(same))
   for part in ('params', 'batch_stats'):
     moved = {
       name: not all(
@@ -208,7 +212,7 @@ def test_the_decoder_learns_and_the_encoder_stays(variables):
       )
       for name, v in after.variables[part].items()
     }
-    assert not moved.pop('encoder', False)
+    assert moved.pop('encoder', train_encoder) == train_encoder
     assert all(moved.values())
 
 
@@ -301,6 +305,29 @@ def test_decoders_that_do_not_fit_are_refused(stored, tmp_path):
       checkpoints.load_decoder(other)
 
 
+def test_a_decoder_is_refused_with_other_weights_of_its_net(stored, tmp_path):
+  tensors = checkpoints.read_tensors('scene_resnet')
+  same, other = tmp_path / 'same.npz', tmp_path / 'other.npz'
+  np.savez(same, **tensors)
+  np.savez(other, **tensors | {'fc.bias': tensors['fc.bias'] + 1})
+  path = tmp_path / 'rts.safetensors'
+  path.write_bytes(stored[0].read_bytes())
+  card = json.loads(stored[0].with_suffix('.json').read_text())
+  known = {'black_box_digest': checkpoints.digest('scene_resnet')}
+  path.with_suffix('.json').write_text(json.dumps(card | known))
+  checkpoints.load_decoder(path, 'scene_resnet', same)  # the format does not matter
+  with pytest.raises(InputError, match=r'scene_resnet with other weights than .*other\.npz'):
+    checkpoints.load_decoder(path, 'scene_resnet', other)
+
+
+def test_a_decoder_computes_in_the_dtype_asked_for(stored):
+  x, y = tiny.images(2, 64), jnp.array([3, 4])
+  whole, half = (checkpoints.load_decoder(stored[0], dtype=t) for t in (jnp.float32, jnp.bfloat16))
+  a, b = (jax.jit(d.apply_fn)(d.params, x, y).map for d in (whole, half))
+  assert a.dtype == b.dtype == jnp.float32
+  assert 0 < float(jnp.abs(a - b).max()) < 0.05
+
+
 def test_classes_that_the_selector_never_saw_are_refused(stored):
   interp = interpreters.build('rts', decoder=checkpoints.load_decoder(stored[0]))
   x, clf = tiny.images(2, 64), checkpoints.load_classifier('scene_resnet')
@@ -313,43 +340,60 @@ def test_classes_that_the_selector_never_saw_are_refused(stored):
 
 
 def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
-  """Selector and decoder, stopped after the selector and resumed."""
+  """Selector and decoder, stopped in the second epoch of the latter, and resumed."""
   flags = flag_defaults(_flags.define_train_flags) | {
     'task': 'rts',
-    'num_examples': 40,
+    'num_examples': 16,
     'batch_size': 8,
     'selector_steps': 2,
-    'steps': 3,
+    'steps': 5,
     'widths': ['8', '8'],
     'loss_weights': ['0', '100', '0', '0'],
     'workdir': str(tmp_path / 'w'),
   }
+
+  def killed(batch_at, phase_steps, *args):
+    def at(step):
+      if phase_steps == 5 and step == 4:
+        raise KeyboardInterrupt
+      return batch_at(step)
+
+    return at
+
   original = training.fit
-
-  def killed(*args, **kwargs):
-    if kwargs['checkpoint'].name == 'state.msgpack':
-      raise KeyboardInterrupt
-    return original(*args, **kwargs)
-
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_train_rts, 'HELD_OUT', 25)
-    patch.setattr(training, 'fit', killed)
+    patch.setattr(train_command, 'SAVE_EVERY', 3)
+    train_command.run(flags | {'workdir': str(tmp_path / 'whole')})
+    patch.setattr(
+      training, 'fit', lambda f, s, at, n, key, **k: original(f, s, killed(at, n), n, key, **k)
+    )
     with pytest.raises(KeyboardInterrupt):
       train_command.run(flags)
     patch.setattr(training, 'fit', original)
     train_command.run(flags | {'resume': True})
-  folder = tmp_path / 'w'
+  folder, whole = tmp_path / 'w', tmp_path / 'whole'
+  for name in ('rts.safetensors', 'state.msgpack'):
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
   with (folder / 'log.csv').open() as file:
     rows = list(csv.DictReader(file))
-  assert [row['phase'] for row in rows] == ['selector', 'state', 'state']
+  assert [(row['phase'], row['step']) for row in rows if row['held_out_marked']] == [
+    ('state', '2'),
+    ('state', '4'),
+    ('state', '5'),
+  ]
+  pictures = [p.name for p in sorted((folder / 'figures').glob('*.png'))]
+  assert pictures == ['maps-000002.png', 'maps-000004.png', 'maps-000005.png']
   assert 0 < float(rows[-1]['held_out_marked']) < 1
-  presence = float(rows[1]['loss']) - 100 * float(rows[1]['area'])  # the rest of the loss
+  last = next(row for row in rows[::-1] if row['loss'])
+  presence = float(last['loss']) - 100 * float(last['area'])  # the rest of the loss
   assert 0 < presence < 5
-  assert (folder / 'figures/maps-000.png').stat().st_size > 10_000
+  assert (folder / 'figures/maps-000002.png').stat().st_size > 10_000
   card = json.loads((folder / 'rts.json').read_text())
   assert card['held_out']['marked'] == pytest.approx(float(rows[-1]['held_out_marked']), abs=0.02)
   assert 0 <= card['held_out']['pointing_game'] <= 1
-  decoder = checkpoints.load_decoder(folder / 'rts.safetensors', 'scene_resnet')
+  stored = folder / 'rts.safetensors'
+  decoder = checkpoints.load_decoder(stored, 'scene_resnet', 'scene_resnet')
   encoder = checkpoints.load_classifier('scene_resnet').params['params']
   frozen = decoder.params['params']['encoder']
   jax.tree.map(np.testing.assert_array_equal, dict(frozen), dict(encoder))
@@ -381,6 +425,44 @@ def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message)
   assert not (tmp_path / 'w').exists()
 
 
+def test_labels_follow_the_names_of_the_black_box_s_classes(tmp_path):
+  for name in ('spotted star', 'spotted square'):
+    for i, image in enumerate(np.random.RandomState(0).randint(0, 256, (6, 64, 64, 3), np.uint8)):
+      images.write_png(tmp_path / 'data' / name / f'{i}.png', image)
+  flags = flag_defaults(_flags.define_train_flags) | {
+    'task': 'rts',
+    'dataset': 'folder',
+    'data_path': str(tmp_path / 'data'),
+    'batch_size': 2,
+    'workdir': str(tmp_path / 'w'),
+  }
+  job = train_command.prepare(flags)
+  assert set(job.train.label.tolist()) == {3, 7}
+  (tmp_path / 'data' / 'spotted star').rename(tmp_path / 'data' / 'planet')
+  with pytest.raises(InputError, match="class 'planet' of folder is none of the classifier's"):
+    train_command.prepare(flags | {'workdir': str(tmp_path / 'v')})
+
+
+def test_black_box_and_encoder_have_the_means_given():
+  flags = flag_defaults(_flags.define_train_flags) | train_command.DEFAULTS['rts']
+  x, grey = tiny.images(2, 64), ['0.5', '0.5', '0.5']
+  logits, other = (
+    tiny.outputs(_train_rts.black_box(flags | {'mean': m}), x).logits for m in (None, grey)
+  )
+  expected = checkpoints.load_classifier('scene_resnet', mean=(0.5,) * 3)
+  np.testing.assert_array_equal(other, tiny.outputs(expected, x).logits)
+  assert np.abs(other - logits).max() > 0.01
+
+  def means(**given):
+    return _train_rts.encoder_input(flags | given)[0]
+
+  card = means()
+  assert means(mean=grey) == (0.5,) * 3
+  assert means(mean=grey, encoder_mean=['0', '0', '0']) == (0.0,) * 3
+  assert means(mean=grey, encoder='scene_resnet', encoder_weights='scene_resnet') == (0.5,) * 3
+  assert means(encoder_mean=grey) == (0.5,) * 3 != card
+
+
 def test_wrong_flags_are_told_before_data_is_opened(tmp_path, monkeypatch):
   monkeypatch.setattr(train_command, 'open_data', lambda c: pytest.fail('opened'))
   for name, value in (('loss_weights', ['1']), ('widths', ['x', '8']), ('fake', 1.0)):
@@ -397,7 +479,7 @@ def test_the_card_s_figures_also_for_the_images_that_the_black_box_gets_right(st
   assert (np.asarray(tiny.outputs(clf, image / np.float32(255)).logits.argmax(-1)) == label).all()
   label[[2, 5, 7]] = (label[[2, 5, 7]] + 1) % 10
   zero, one = (0.0,) * 3, (1.0,) * 3
-  net = _train_rts.Net(module, clf, variables, zero, one, None)
+  net = _train_rts.Net(module, clf, variables, zero, one, None, '')
   judge = _train_rts.Judge(net, image, label)
   card = judge.card(variables, data, np.arange(12))
   by_hand = judge.judged(variables, label)

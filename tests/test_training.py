@@ -64,7 +64,7 @@ def test_training_learns_and_reports():
   before = evaluate(state.variables)
   state = training.fit(
     step, state, batch_at, 60, jax.random.key(2), evaluate_every=30,
-    evaluate=lambda variables: {'accuracy': evaluate(variables)},
+    evaluate=lambda state: {'accuracy': evaluate(state.variables)},
     log=rows.append, log_every=20, progress=False,
   )  # fmt: skip
   assert int(state.step) == 60

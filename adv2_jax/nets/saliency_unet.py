@@ -106,15 +106,13 @@ class SaliencyUnet(nn.Module):
   dtype: Any = None
 
   @nn.compact
-  def __call__(
-    self, x: Image, y: Label, train: bool = False, train_encoder: bool = False
-  ) -> Saliency:
+  def __call__(self, x: Image, y: Label, train: bool = False) -> Saliency:
     """Map and class presence of classes y [B] in normalised images x [B,H,W,3].
 
     With act = Σ_ch features · embedding(y): exists = (−ē, ē)/2, ē the spatial mean of act, and the
     deepest features are multiplied by sigmoid(act − confidence).
     """
-    seen = self.encoder(x, train=train_encoder)
+    seen = self.encoder(x)  # its running statistics are held, whether it is trained or not
     levels = [seen.taps[name].astype(jnp.float32) for name in LEVELS if name in seen.taps]
     if self.dtype is not None:
       levels = [v.astype(self.dtype) for v in levels]
@@ -133,21 +131,25 @@ class SaliencyUnet(nn.Module):
 
 
 def build(
-  encoder: str, num_classes: int, widths: Sequence[int] | None = None, confidence: float = 0.0
+  encoder: str,
+  num_classes: int,
+  widths: Sequence[int] | None = None,
+  confidence: float = 0.0,
+  dtype: Any = None,
 ) -> SaliencyUnet:
   """The saliency net on an encoder of the zoo.
 
   Default widths: a quarter of the channels that each level brings, 32 at least; for ResNet-50 the
   published 256, 128, 64.
   """
-  net = nets.build(encoder, num_classes=num_classes)
+  net = nets.build(encoder, num_classes=num_classes, dtype=dtype)
   taps = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), _ONE_IMAGE)[0].taps)
   passed = [taps[name].shape[-1] for name in LEVELS[1:] if name in taps]
   if widths is None:
     widths = tuple(max(n // 4, 32) for n in passed)
   if len(widths) != len(passed):
     raise InputError(f'--widths has {len(widths)} numbers; {encoder} needs {len(passed)}')
-  return SaliencyUnet(net, tuple(widths), num_classes, confidence)
+  return SaliencyUnet(net, tuple(widths), num_classes, confidence, dtype=dtype)
 
 
 def variable_shapes(module: SaliencyUnet) -> PyTree:
