@@ -8,8 +8,8 @@ torch's time by ours. The first gradients are compared too: it is the same step.
 
 Also prints the matrix products' own speed, and the share of it that the step reaches, counting the
 forward pass's multiplications and additions once per network pass; and the memory that the compiled
-step takes, weights included. The step of the published alternation on MASK (`--steps mask --looks
-1,4,16`) is compiled for its memory alone: it renews its solution, which takes minutes.
+step takes, weights included. The steps of the two attacks on MASK (`--steps mask,alternation` with
+`--looks 1,4,16`) are compiled for their memory alone: both solve for masks, which takes minutes.
 """
 
 import json
@@ -35,6 +35,7 @@ from experiments import _flags, _setup
 
 EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
 CHUNK = 4  # gradient evaluations per measurement
+SOLVED = ('mask', 'alternation')  # steps that solve for masks
 
 
 def random_variables(module: Any, image_size: int) -> PyTree:
@@ -66,19 +67,13 @@ def make_batch(n: int, image_size: int, num_classes: int, map_size: int) -> Batc
 def make_attack(clf: Classifier, step: str, looks: int | None = None) -> Attack:
   """The attack whose step is measured: PGD on cross-entropy plus λ times the maps' squared error.
 
-  With `looks`, MASK: the published alternation with so many iterations looked through.
+  `looks`: of the attacks on MASK, how many masks or iterations of the solver a step looks at.
   """
-  if looks is not None:
-    ball, key = perturbations.linf_ball(EPSILON), jax.random.key(0)
-    return adv2_mask(clf, interpreters.MaskConfig(), ball, key=key, looks=looks)
-  return adv2(
-    clf,
-    interpreters.build(step),
-    perturbations.linf_ball(EPSILON),
-    optax.sign_sgd(ALPHA),
-    weight=WEIGHT,
-    key=jax.random.key(0),
-  )
+  ball, key = perturbations.linf_ball(EPSILON), jax.random.key(0)
+  if step == 'alternation':
+    return adv2_mask(clf, interpreters.MaskConfig(), ball, key=key, looks=looks or 4)
+  interpreter = interpreters.mask(looks=looks or 2) if step == 'mask' else interpreters.build(step)
+  return adv2(clf, interpreter, ball, optax.sign_sgd(ALPHA), weight=WEIGHT, key=key)
 
 
 def compile_steps(
@@ -162,8 +157,8 @@ def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   weights, size, dtype = config['weights'], config['image_size'], config['dtype']
   batch_sizes, looks = _positive(config, 'batch_sizes'), _positive(config, 'looks')
   for step in config['steps']:
-    if step not in ('cam', 'grad', 'mask'):
-      raise InputError(f'--steps has {step!r}; expected some of cam, grad, mask')
+    if step not in ('cam', 'grad', *SOLVED):
+      raise InputError(f'--steps has {step!r}; expected some of cam, grad, {", ".join(SOLVED)}')
   if config['repeats'] < 1 or size < 64:
     raise InputError(
       f'--repeats is {config["repeats"]}, --image_size {size}; expected ≥ 1 and ≥ 64'
@@ -190,7 +185,7 @@ def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   rows = []
   for step in config['steps']:
     for n in batch_sizes:
-      for k in looks if step == 'mask' else [None]:
+      for k in looks if step in SOLVED else [None]:
         rows.append(measure(clf, step, n, size, k, config['repeats'], rival, ceilings.get(dtype)))
         print(table(rows[-1:], header=len(rows) == 1), flush=True)
   return {
@@ -217,11 +212,12 @@ def measure(
   rival: Callable[..., Any] | None,
   ceiling: float | None,
 ) -> dict[str, Any]:
-  """One row: the step at batch size n; with `looks`, of MASK and not timed."""
+  """One row: the step at batch size n; with `looks`, an attack on MASK, which is not timed."""
   x, y = np.zeros((1, size, size, 3), np.float32), np.zeros(1, np.int32)
   num_classes = jax.eval_shape(clf, x).logits.shape[1]
   keys = jax.random.split(jax.random.key(0), 1)
-  maps = jax.eval_shape(interpreters.build(step).explain, clf, x, y, keys)
+  interpreter = interpreters.build('mask' if step in SOLVED else step)
+  maps = jax.eval_shape(interpreter.explain, clf, x, y, keys)
   batch = make_batch(n, size, num_classes, maps.shape[1])
   ours, figures = compile_steps(clf, step, batch, looks)
   sides: dict[str, Callable[[], Any]] = {'jax': ours}

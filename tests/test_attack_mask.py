@@ -1,5 +1,6 @@
 """The published alternation on MASK: parts by hand, and that it keeps the map, judged afresh."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,50 @@ def test_a_step_along_the_look_ahead_gradient_lowers_the_distance():
   _, seen, _ = turns(delta=delta, steps=6, **settings)
   distance = np.stack([s.terms.interpretation for s in seen])
   assert (distance[-1] < 0.95 * distance[0]).sum() >= 3, distance
+
+
+def test_the_look_ahead_s_direction_against_finite_differences():
+  """The masks that each look starts from are held as they were, the moments are not."""
+  config = CONFIG._replace(area=0.0, smoothness=1e-3, steps=3)  # few cells are at a bound
+  settings = {'prediction_step': 0.0, 'map_step': 1e-2, 'kappa': -100.0}
+  with jax.enable_x64(True):
+    double = lambda v: jnp.asarray(v, jnp.float64)  # noqa: E731
+    clf = jax.tree.map(double, tiny.classifier(act=nn.softplus))
+    x = double(0.25 + X / 2)
+    target = tiny.outputs(clf, x).logits.argmax(-1)
+    batch = BATCH._replace(x=x, target=target, target_map=double(BENIGN))
+
+    @jax.jit
+    def two_steps(clf, batch):
+      attack = adv2_mask(clf, config, linf_ball(1.0), key=KEY, **settings)
+      first, _ = attack.step(batch, attack.init(batch, None))
+      return first.inner, attack.step(batch, first)[0].inner
+
+    before, after = two_steps(clf, batch)
+    moved = np.asarray(before.delta - after.delta)
+    x = batch.x + before.delta
+    one = jax.jit(lambda clf, m, x: M.solver_step(clf, m, x, target, KEYS, config))
+    m = before.carry
+    for _ in range(4):
+      m = one(clf, m, x)
+    held = [m]
+    for _ in range(3):
+      held.append(one(clf, held[-1], x))
+
+    def distance(x):
+      state, found = held[0], 0.0
+      for start in held:
+        state = one(clf, state._replace(mask=start.mask), x)
+        found = found + losses.map_sse(1 - state.mask, batch.target_map) / 4
+      return np.asarray(found)
+
+    rng, h = np.random.RandomState(1), 1e-5
+    directions = [rng.randn(*x.shape) for _ in range(12)]
+    slopes = np.stack([distance(x + h * d) - distance(x - h * d) for d in directions]) / (2 * h)
+  predicted = np.stack([(moved * d).sum((1, 2, 3)) for d in directions])
+  norms = np.linalg.norm(slopes, axis=0), np.linalg.norm(predicted, axis=0)
+  assert min(map(np.min, norms)) > 1e-4
+  assert ((slopes * predicted).sum(0) / np.prod(norms, axis=0) > 0.9999).all()
 
 
 def test_the_solution_is_renewed_and_the_best_success_is_delivered():

@@ -62,10 +62,10 @@ def test_timed_steps_move_the_images_inside_the_ball():
 
 
 @pytest.mark.slow
-def test_the_memory_of_mask_s_alternation_hardly_grows_with_its_looks():
+def test_the_memory_of_the_alternation_hardly_grows_with_its_looks():
   """Activations kept until the backward pass would cost as much for each of them."""
   clf = from_linen(*tiny())
-  few, many = (bench.measure(clf, 'mask', 2, SIZE, k, 1, None, None)['gib'] for k in (2, 10))
+  few, many = (bench.measure(clf, 'alternation', 2, SIZE, k, 1, None, None)['gib'] for k in (2, 10))
   assert 0.9 * few < many < 1.1 * few
 
 

@@ -136,7 +136,7 @@ def test_the_fast_solver_gets_as_low_with_a_third_of_the_iterations():
     m = solve(CLF, X, Y, KEYS, c).mask
     found[c.steps] = float(objective(CLF, m, X, Y, config).mean())
   assert list(found) == [300, 100]
-  assert found[100] < 1.005 * found[300], found
+  assert found[100] <= found[300], found
 
 
 def test_a_falling_rate_ends_at_zero():
@@ -339,7 +339,7 @@ def test_the_solver_itself_refuses_settings_that_make_no_sense():
     M.solve(CLF, X, Y, KEYS, SMALL._replace(steps=0))
 
 
-def test_a_warm_start_from_a_solution_stays_there_where_the_rate_falls():
+def test_a_warm_start_from_a_solution_moves_anew_and_ends_as_low():
   config = SMALL._replace(decay=True)
   found = solve(CLF, X, Y, KEYS, config)
   warm = M.start(config, 3, found.mask)

@@ -155,15 +155,17 @@ def test_the_loss_wants_the_mask_that_decides():
   left = jnp.zeros((1, 16, 16)).at[:, :, :8].set(1.0)
   candidates = {'left': left, 'right': 1 - left, 'all': 0 * left + 1, 'none': 0 * left}
 
-  def loss(mask, present):
+  def loss(mask, present, weights=saliency.PUBLISHED):
     keys = jax.random.split(jax.random.key(0), 20)
-    one = lambda k: saliency.training_loss(logits, mask, x, y, jnp.array([present]), k)[0]  # noqa: E731
+    shown = jnp.array([present])
+    one = lambda k: saliency.training_loss(logits, mask, x, y, shown, k, weights)[0]  # noqa: E731
     return float(jax.vmap(one)(keys).mean())
 
-  true = {name: loss(mask, True) for name, mask in candidates.items()}
-  assert min(true, key=true.get) in ('left', 'none')  # area weighs 8: see the next line
-  assert true['left'] < true['right']
-  assert true['left'] < true['all']
+  lenient = saliency.PUBLISHED._replace(area=4.0, smoothness=0.0)
+  true = {name: loss(mask, True, lenient) for name, mask in candidates.items()}
+  assert min(true, key=true.get) == 'left', true
+  empty, half = (loss(candidates[n], True, lenient._replace(area=1e3)) for n in ('none', 'left'))
+  assert empty < half
   y = jnp.ones(1, jnp.int32)  # a class that the image does not show
   fake = {name: loss(mask, False) for name, mask in candidates.items()}
   assert min(fake, key=fake.get) == 'none'

@@ -91,8 +91,14 @@ SCENES = MaskConfig(
 
 
 def fast(config: MaskConfig) -> MaskConfig:
-  """A third of the iterations, a falling rate, shorter memory: about as low an objective."""
-  return config._replace(steps=max(1, config.steps // 3), decay=True, b1=0.5, b2=0.9)
+  """A third of the iterations, a rate falling from twice as high, shorter memory: about as low.
+
+  As low an objective or lower on most images: see `experiments.mask_curves`.
+  """
+  rate = 2 * config.learning_rate
+  return config._replace(
+    steps=max(1, config.steps // 3), learning_rate=rate, decay=True, b1=0.5, b2=0.9
+  )
 
 
 def usual(image_size: int) -> MaskConfig:
