@@ -1,4 +1,4 @@
-"""The published attack on MASK: image and running mask move in turns ([A]; `attack.py` first).
+"""The published attack on MASK: image and running mask move in turns (read `attack.py` first).
 
 MASK's map depends on x through an optimisation. Each step of x is therefore taken against a running
 solution m, which follows x by a few of the solver's own iterations:

@@ -42,7 +42,7 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
   """RTS: m = |a| / (|a| + |b|), the two channels of the decoder for class y.
 
   In the attack, `encoder_weight` · cross-entropy of the encoder's own logits to the class is a
-  further loss term, so that the selector sees the class in the features ([A]: 0.1).
+  further loss term, so that the selector sees the class in the features (published: 0.1).
 
   Raises (when traced):
     InputError: the classifier has other classes than the decoder's selector.
