@@ -149,13 +149,15 @@ MAP_METRICS = {  # metric, its value on equal maps, its range
 @given(a=MAPS, b=MAPS)
 def test_symmetric_bounded_and_exact_on_equal_maps(name, a, b):
   metric, same, low, high = MAP_METRICS[name]
+  # SSIM divides differences of float32 squares by sums from 0.03² on.
+  tolerance = 2e-5 if name == 'ssim' else 1e-6
   value = np.asarray(metric(a, b))
   assert np.isfinite(value).all()
-  assert (value >= low - 1e-6).all()
-  assert (value <= high + 1e-6).all()
-  np.testing.assert_allclose(metric(b, a), value, atol=1e-6)
+  assert (value >= low - tolerance).all()
+  assert (value <= high + tolerance).all()
+  np.testing.assert_allclose(metric(b, a), value, atol=tolerance)
   ranked = np.ptp(a, axis=(1, 2)) > 0 if name == 'spearman' else np.ones(3, bool)
-  np.testing.assert_allclose(np.asarray(metric(a, a))[ranked], same, atol=1e-6)
+  np.testing.assert_allclose(np.asarray(metric(a, a))[ranked], same, atol=tolerance)
 
 
 @pytest.mark.parametrize('name', MAP_METRICS)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -300,7 +301,7 @@ def test_a_run_whose_steps_come_from_its_epochs_can_be_resumed(config):
 
 
 def test_a_full_disk_is_told(config, monkeypatch):
-  monkeypatch.setattr(training, 'init_state', lambda *_: None)
+  monkeypatch.setattr(training, 'init_state', lambda *_: types.SimpleNamespace(step=0))
 
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
