@@ -354,7 +354,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     'workdir': str(tmp_path / 'w'),
   }
 
-  def killed(batch_at, phase_steps, *args):
+  def killed(batch_at, phase_steps):
     def at(step):
       if phase_steps == 5 and step == 4:
         raise KeyboardInterrupt
@@ -484,6 +484,8 @@ def test_the_card_s_figures_also_for_the_images_that_the_black_box_gets_right(st
   net = _train_rts.Net(module, clf, variables, zero, one, None, '')
   judge = _train_rts.Judge(net, image, label)
   card = judge.card(variables, data, np.arange(12))
+  flags = flag_defaults(_flags.define_train_flags)
+  assert np.flatnonzero(~_train_rts.correct(flags, image, label)).tolist() == [2, 5, 7]
   by_hand = judge.judged(variables, label)
   kept = np.delete(np.arange(12), [2, 5, 7])
   right = card['held_out_correct']
