@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from adv2_jax import images, losses
 from adv2_jax.classifier import Classifier
@@ -168,6 +169,15 @@ def trained(params: PyTree, train_encoder: bool) -> PyTree:
   return {k: v for k, v in params.items() if train_encoder or k != 'encoder'}
 
 
+def another_class(y: ArrayLike, shift: ArrayLike, classes: Sequence[int]) -> Label:
+  """The class `shift` places after y among `classes`, cyclically, [B].
+
+  `classes` are sorted and hold all of y.
+  """
+  known = jnp.asarray(classes, jnp.int32)
+  return known[(jnp.searchsorted(known, y) + shift) % len(known)]
+
+
 def classes_asked_for(
   key: Key, y: Label, classes: Sequence[int], fake: float
 ) -> tuple[Label, Array]:
@@ -177,10 +187,8 @@ def classes_asked_for(
   """
   coin_key, shift_key = jax.random.split(key)
   is_fake = jax.random.bernoulli(coin_key, fake, y.shape)
-  known = jnp.asarray(classes, jnp.int32)
-  shift = jax.random.randint(shift_key, y.shape, 1, len(known))
-  other = known[(jnp.searchsorted(known, y) + shift) % len(known)]
-  return jnp.where(is_fake, other, y), ~is_fake
+  shift = jax.random.randint(shift_key, y.shape, 1, len(classes))
+  return jnp.where(is_fake, another_class(y, shift, classes), y), ~is_fake
 
 
 def selector_step(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from adv2_jax.data.sources import read_csv, read_npz
+from adv2_jax.saliency import another_class
 from adv2_jax.types import InputError
 
 MAPS = ('benign', 'random_class', 'random_patch')
@@ -28,9 +29,9 @@ def labels(
     InputError: unknown value, class out of range, or a file that lacks or misnames an example.
   """
   if flag == 'random':
-    known = np.arange(num_classes) if classes is None else np.array(classes)
+    known = classes or range(num_classes)
     offset = np.random.RandomState(seed).randint(1, len(known), size=len(true))
-    random = known[(np.searchsorted(known, true) + offset) % len(known)]
+    random = np.asarray(another_class(true, offset, known))
     return lambda i, least: int(random[i])
   if flag == 'least_likely':
     return lambda i, least: least

@@ -187,9 +187,9 @@ class Judge:
 
   def __init__(self, net: Net, image: np.ndarray, label: np.ndarray):
     self.image, self.label = image, label
-    known = np.arange(net.module.num_classes) if net.classes is None else np.array(net.classes)
+    known = net.classes or range(net.module.num_classes)
     shift = np.random.default_rng(0).integers(1, len(known), len(self.label))
-    self.fake = known[(np.searchsorted(known, self.label) + shift) % len(known)]
+    self.fake = np.asarray(saliency.another_class(self.label, shift, known))
     self.clf = net.clf
     judge = functools.partial(saliency.judge, net.module, mean=net.mean, std=net.std)
     self.run = jax.jit(judge)

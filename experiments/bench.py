@@ -64,20 +64,20 @@ def make_batch(n: int, image_size: int, num_classes: int, map_size: int) -> Batc
   )
 
 
-def make_attack(clf: Classifier, step: str, looks: int | None = None) -> Attack:
+def make_attack(clf: Classifier, step: str, looks: int = 1) -> Attack:
   """The attack whose step is measured: PGD on cross-entropy plus λ times the maps' squared error.
 
   `looks`: of the attacks on MASK, how many masks or iterations of the solver a step looks at.
   """
   ball, key = perturbations.linf_ball(EPSILON), jax.random.key(0)
   if step == 'alternation':
-    return adv2_mask(clf, interpreters.MaskConfig(), ball, key=key, looks=looks or 4)
-  interpreter = interpreters.mask(looks=looks or 2) if step == 'mask' else interpreters.build(step)
+    return adv2_mask(clf, interpreters.MaskConfig(), ball, key=key, looks=looks)
+  interpreter = interpreters.mask(looks=looks) if step == 'mask' else interpreters.build(step)
   return adv2(clf, interpreter, ball, optax.sign_sgd(ALPHA), weight=WEIGHT, key=key)
 
 
 def compile_steps(
-  clf: Classifier, step: str, batch: Batch, looks: int | None = None
+  clf: Classifier, step: str, batch: Batch, looks: int = 1
 ) -> tuple[Callable[[], None], dict[str, Any]]:
   """(a function that does CHUNK steps, seconds to compile and GiB that it takes)."""
 
@@ -219,7 +219,7 @@ def measure(
   interpreter = interpreters.build('mask' if step in SOLVED else step)
   maps = jax.eval_shape(interpreter.explain, clf, x, y, keys)
   batch = make_batch(n, size, num_classes, maps.shape[1])
-  ours, figures = compile_steps(clf, step, batch, looks)
+  ours, figures = compile_steps(clf, step, batch, looks or 1)
   sides: dict[str, Callable[[], Any]] = {'jax': ours}
   row: dict[str, Any] = {'step': step, 'batch_size': n, 'looks': looks, **figures}
   if looks is not None:

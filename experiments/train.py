@@ -212,6 +212,11 @@ def prepare(config: Mapping[str, Any]) -> Job:
   train, test = to_train.decode('train'), held_out.decode('held out')
   if c['only_correct']:
     right = _train_rts.correct(c, train.image, train.label)
+    if right.sum() < c['batch_size']:
+      raise InputError(
+        f'--only_correct leaves {right.sum()} of {len(right)} training images; expected at least '
+        f'--batch_size, {c["batch_size"]}: check --weights, --mean, --std and --label_key'
+      )
     train = train._replace(
       ids=train.ids[right],
       image=train.image[right],

@@ -196,6 +196,10 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'image_size': 60}, 'features of 8×8 and 15×15 cells, .* a multiple of 32 px'),
     ({'num_examples': 1, 'batch_size': 1}, 'all training images are of class'),
     ({'std': ['1', '1', '0']}, '--std is 1,1,0; expected three positive numbers'),
+    (
+      {'only_correct': True, 'batch_size': 16, 'std': ['0.01'] * 3},
+      r'--only_correct leaves \d+ of 16 training images; expected at least --batch_size, 16',
+    ),
   ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, change, message):
