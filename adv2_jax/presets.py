@@ -207,7 +207,8 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
     )
     score = closest_map(clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02)
     passes = 0 if interpreter.exact else interpreter.passes[0]
-    every = settings.every * (2 if interpreter.random else 1)
+    rare = interpreter.random and not interpreter.exact
+    every = settings.every * (2 if rare else 1)
     best = track_best(attack, score, every=every, passes=passes)
     return staged((warm, steps_s1 or 0), (best, n))
 
