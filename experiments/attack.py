@@ -99,9 +99,7 @@ class Run(NamedTuple):
       missing = [a for a in attacks_on(interpreter) if not ids <= self.done[a, name]]
       if not missing:
         continue
-      clean = two_class_maps(
-        self.setup.clf, interpreter, shard.batch.x, shard.label, shard.batch.target, shard.keys
-      )
+      clean = self.maps(shard, name, 'benign', shard.batch.x, shard.keys)
       wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
       wanted = jax.device_put(wanted, shard.label.sharding)
       judge = functools.partial(self.judge, shard, name, wanted, clean)
@@ -123,6 +121,18 @@ class Run(NamedTuple):
     ids = np.where(shard.other < 0, shard.id, shard.other)
     x = images.from_uint8(self.setup.dataset.images(ids))
     return jax.device_put(x, shard.label.sharding)  # placed otherwise, `score` compiles again
+
+  def maps(self, shard: _setup.Shard, name: str, attack: str, x8: Array, keys: Key) -> Array:
+    """Fresh maps for the true class and for the target, [2,B,h,w]; those of MASK take a while."""
+    self.bar.set_postfix_str(f'{attack} {name}, making the maps to judge')
+    return two_class_maps(
+      self.setup.clf,
+      self.setup.interpreters[name],
+      x8,
+      shard.label,
+      shard.batch.target,
+      keys,
+    )
 
   def attack(
     self, shard: _setup.Shard, attack: str, name: str, wanted: Map | None
@@ -174,12 +184,11 @@ class Run(NamedTuple):
   ) -> None:
     """Scores 8-bit images and writes those examples that are not done yet."""
     keys = shard.keys if keys is None else keys
-    clf, interpreter = self.setup.clf, self.setup.interpreters[name]
     if maps is None:
-      maps = two_class_maps(clf, interpreter, x8, shard.label, shard.batch.target, keys)
+      maps = self.maps(shard, name, attack, x8, keys)
     attacked = attack not in store.NOT_PERTURBED
     scores = score(
-      clf,
+      self.setup.clf,
       shard.batch.x,
       x8,
       shard.batch.target,
@@ -211,6 +220,9 @@ class Run(NamedTuple):
     records = as_records(scores, keep, **columns)
     kept = {folder: np.asarray(array)[keep] for folder, array in arrays.items()}
     self.workdir.write_shard(attack, name, records, kept, **(extras or {}))
+    if attacked and keep.any():
+      rate = np.mean(np.asarray(scores['success'])[keep])
+      self.bar.set_postfix_str(f'{attack} {name} judged, success {rate:.2f}')
 
 
 def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[dict[str, Any]]:

@@ -366,6 +366,8 @@ def test_as_a_command_it_ends_with_the_table_and_the_report(victim, tmp_path):
   assert done.returncode == 0, done.stderr
   *table, last = done.stdout.strip().splitlines()
   assert last == 'run/report.html'
+  for shown in ('benign cam, making the maps', 'adv2 cam step 4/4, success', 'adv2 cam judged, '):
+    assert shown in done.stderr
   assert any('| cam | adv2 | 2 |' in line for line in table)
   config = json.loads((tmp_path / 'run/metrics.json').read_text())['config']
   expected = defaults() | victim | {'num_examples': 2, 'workdir': 'run'}
