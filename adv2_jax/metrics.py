@@ -381,13 +381,19 @@ def score(
 # On the host.
 
 
-def mean_correlation(maps: np.ndarray, most: int = 200) -> float:
-  """Mean Pearson correlation between the maps of different images; flat ones are left out."""
-  flat = maps[:most].reshape(len(maps[:most]), -1)
+def mean_correlation(maps: np.ndarray) -> float:
+  """Mean Pearson correlation between the maps of different images; flat ones are left out.
+
+  (‖Σ v‖² − n) / (n² − n) for the n maps as v, each of mean 0 and norm 1.
+  """
+  flat = maps.reshape(len(maps), -1).astype(np.float64)
   flat = flat[flat.std(1) > 1e-6]
-  if len(flat) < 2:
+  n = len(flat)
+  if n < 2:
     return 1.0
-  return float(np.corrcoef(flat)[~np.eye(len(flat), dtype=bool)].mean())
+  v = flat - flat.mean(1, keepdims=True)
+  v /= np.linalg.norm(v, axis=1, keepdims=True)
+  return float((np.sum(v.sum(0) ** 2) - n) / (n * n - n))
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:

@@ -326,12 +326,13 @@ def fit(
         log({'step': step, **row})
         shown = {name: f'{row[name]:.3f}' for name in SHOWN if name in row}
         bar.set_postfix(shown, held_out=held_out, images_per_s=f'{row["images_per_second"]:.0f}')
-      if checkpoint is not None and save:
-        save_state(checkpoint, state)
+      # Before the save: a run killed while it evaluates does the steps since the last one again.
       if evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0)):
         figures = evaluate(state)
         log({'step': step, **{f'held_out_{name}': value for name, value in figures.items()}})
         held_out = f'{next(iter(figures.values())):.4f}'
         since = time.perf_counter()
+      if checkpoint is not None and save:
+        save_state(checkpoint, state)
       bar.update(1)
   return state

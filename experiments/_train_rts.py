@@ -6,6 +6,7 @@ encoder, if asked). The black box that the masks explain is --model; so is the e
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -64,6 +65,8 @@ def check(c: Mapping[str, Any]) -> None:
   """InputError for flags that are wrong whatever the data."""
   if not 0 <= c['fake'] < 1:
     raise InputError(f'--fake is {c["fake"]}; expected 0 or more, and less than 1')
+  if not math.isfinite(c['confidence']):
+    raise InputError(f'--confidence is {c["confidence"]}; expected a number')
   _flags.loss_weights(c['loss_weights'])
   _flags.widths(c['widths'])
 

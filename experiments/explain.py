@@ -27,7 +27,8 @@ from adv2_jax.store import RESUME, StoreError, check_workdir, default_workdir, p
 from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
 from experiments import _flags, _setup, attack
 
-FIELDS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept', 'pointing_game', 'energy_inside')
+MEDIANS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept')
+FIELDS = (*MEDIANS, 'pointing_game', 'energy_inside')
 SMALL = 0.6  # an object that covers more of the image than this is hard to miss
 _SHOWN = 6
 
@@ -54,7 +55,7 @@ def summary(name: str, maps: np.ndarray, found: Mapping[str, np.ndarray]) -> dic
   for field in FIELDS:
     if field in found:
       row[field] = _mean(found[field])
-    if field in found and field.startswith(('p_', 'marked')):
+    if field in found and field in MEDIANS:
       row[f'{field}_median'] = float(np.median(found[field]))
   if 'object' in found:
     small = (found['object'] < SMALL) & (found['object'] > 0)

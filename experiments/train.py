@@ -217,6 +217,11 @@ def prepare(config: Mapping[str, Any]) -> Job:
         f'--only_correct leaves {right.sum()} of {len(right)} training images; expected at least '
         f'--batch_size, {c["batch_size"]}: check --weights, --mean, --std and --label_key'
       )
+    if lost := sorted(set(train.label.tolist()) - set(train.label[right].tolist())):
+      raise InputError(
+        f'--only_correct leaves no training image of class {", ".join(map(str, lost))}, which the '
+        'decoder would never see: leave it out, or take other --weights'
+      )
     train = train._replace(
       ids=train.ids[right],
       image=train.image[right],

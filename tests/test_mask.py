@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import flax.linen as nn
 import jax
@@ -267,9 +268,9 @@ def test_misfit_by_hand():
   np.testing.assert_allclose(M.misfit(u, wanted, 6.0), [2, 0, 1, 0, 1, 15])
 
 
-@pytest.mark.parametrize(('jitter', 'solved'), [(0, 2), (1, 2), (2, 0)])
-def test_only_a_map_without_chance_is_solved_to_choose_the_iterate(jitter, solved):
-  """One solved with other random numbers than the judge's would not tell which is closest."""
+@pytest.mark.parametrize(('jitter', 'solved'), [(0, 2), (1, 2), (2, 1)])
+def test_the_map_is_solved_now_and_then_to_choose_the_iterate(jitter, solved):
+  """Half as often where it depends on random numbers, as it then takes more iterations."""
   interpreter = interpreters.mask(SMALL._replace(jitter=jitter))
   recipe = presets.fast('mask')
   schedule = recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), jax.random.key(0))
@@ -307,9 +308,14 @@ def test_the_attack_keeps_the_map():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'size': 0}, 'mask size is 0; expected at least 1'),
-    ({'steps': 0}, 'mask steps is 0; expected at least 1'),
-    ({'jitter': -1}, 'mask jitter is -1; expected 0 or more'),
+    ({'size': 0}, 'mask size is 0; expected a whole number, at least 1'),
+    ({'size': 4.5}, 'mask size is 4.5; expected a whole number, at least 1'),
+    ({'steps': 0}, 'mask steps is 0; expected a whole number, at least 1'),
+    ({'jitter': -1}, 'mask jitter is -1; expected a whole number, at least 0'),
+    ({'area': math.nan}, 'mask area is nan; expected 0 or more'),
+    ({'smoothness': math.inf}, 'mask smoothness is inf; expected 0 or more'),
+    ({'beta': -1.0}, 'mask beta is -1.0; expected a positive number'),
+    ({'learning_rate': math.inf}, 'mask learning_rate is inf; expected a positive number'),
     ({'b2': 1.0}, 'mask b2 is 1.0; expected 0 to less than 1'),
     ({'start': 1.5}, 'mask start is 1.5; expected 0 to 1'),
     ({'learning_rate': 0.0}, 'mask learning_rate is 0.0; expected a positive number'),
@@ -335,7 +341,7 @@ def test_settings_that_do_not_fit_the_images(change, message):
 
 
 def test_the_solver_itself_refuses_settings_that_make_no_sense():
-  with pytest.raises(InputError, match='mask steps is 0; expected at least 1'):
+  with pytest.raises(InputError, match='mask steps is 0; expected a whole number, at least 1'):
     M.solve(CLF, X, Y, KEYS, SMALL._replace(steps=0))
 
 

@@ -1,6 +1,7 @@
 """RTS: net, losses and interpreter against the published code's numbers; its training."""
 
 import json
+import types
 
 import flax.linen as nn
 import jax
@@ -159,6 +160,34 @@ def test_the_loss_wants_the_mask_that_decides():
   y = jnp.ones(1, jnp.int32)  # a class that the image does not show
   fake = {name: loss(mask, False) for name, mask in candidates.items()}
   assert min(fake, key=fake.get) == 'none'
+
+
+def test_the_judge_s_figures_where_they_are_known(monkeypatch):
+  """A black box that looks for texture in the left half, which no blur and no noise keeps."""
+
+  def clf(x):
+    evidence = 40 * (jnp.abs(x[:, :, 1:8] - x[:, :, :7]).mean((1, 2, 3)) - 0.5)
+    return Outputs(jnp.stack([evidence, -evidence], axis=-1), {})
+
+  i, j = np.indices((16, 16))
+  x = jnp.broadcast_to(jnp.asarray((i + j) % 2, jnp.float32)[None, ..., None], (8, 16, 16, 3))
+  left = jnp.zeros((8, 16, 16)).at[:, :, :8].set(1.0)
+  y = jnp.array([0, 0, 0, 0, 1, 1, 1, 1])
+
+  def judged(mask):
+    seen = types.SimpleNamespace(map=mask, exists=jnp.tile(jnp.array([0.0, 1.0]), (8, 1)))
+    monkeypatch.setattr(saliency, '_apply', lambda *_, **__: seen)
+    return saliency.judge(None, None, clf, x, y, jax.random.key(0), mean=(0,), std=(1,))
+
+  shows = np.array(y == 0, np.float32)
+  for mask, kept, removed in ((left, 1, 0), (1 - left, 0, 1)):
+    found = judged(mask)
+    np.testing.assert_allclose(found.p_kept, np.where(shows, kept, 1 - kept), atol=1e-3)
+    np.testing.assert_allclose(found.p_removed, np.where(shows, removed, 1 - removed), atol=1e-3)
+    np.testing.assert_allclose(found.p_whole, shows, atol=1e-3)
+    np.testing.assert_array_equal(found.correct, shows == 1)
+    assert found.exists.all()
+  np.testing.assert_allclose(judged(left / 4).marked, 1 / 8)
 
 
 def train(step_fn, state, steps):

@@ -187,6 +187,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'encoder_weights': 'nowhere.npz'}, "no weights at 'nowhere.npz'"),
     ({'encoder': 'cifar_resnet20', 'encoder_weights': 'scene_resnet'}, 'as the encoder cifar'),
     ({'fake': 1.0}, '--fake is 1.0; expected 0 or more, and less than 1'),
+    ({'confidence': float('nan')}, '--confidence is nan; expected a number'),
     ({'widths': ['8']}, '--widths has 1 numbers; scene_resnet needs 2'),
     ({'widths': ['8', 'x']}, '--widths is 8,x; expected'),
     ({'loss_weights': ['1', '8', '-1', '0.3']}, '--loss_weights is 1,8,-1,0.3; expected four'),

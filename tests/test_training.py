@@ -1,4 +1,5 @@
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -96,6 +97,27 @@ def test_a_killed_and_resumed_run_is_bit_equal(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, straight, resumed)
   jax.tree.map(np.testing.assert_array_equal, straight, training.load_state(path, fresh))
   assert os.listdir(tmp_path) == ['state.msgpack']
+
+
+def test_what_a_kill_kept_from_being_judged_is_judged_after_resuming(tmp_path):
+  key, path = jax.random.key(2), tmp_path / 'state.msgpack'
+  step, state, batch_at = make_run(8)
+  steps = []
+
+  def judge(state, kill_at=None):
+    if int(state.step) == kill_at:
+      raise KeyboardInterrupt
+    steps.append(int(state.step))
+    return {'accuracy': 1.0}
+
+  options = {'checkpoint': path, 'save_every': 2, 'evaluate_every': 4, 'progress': False}
+  killed = functools.partial(judge, kill_at=4)
+  with pytest.raises(KeyboardInterrupt):
+    training.fit(step, state, batch_at, 8, key, evaluate=killed, **options)
+  saved = training.load_state(path, state)
+  assert int(saved.step) == 2
+  training.fit(step, saved, batch_at, 8, key, evaluate=judge, **options)
+  assert steps == [4, 8]
 
 
 def test_one_step_is_the_gradient_of_smoothed_cross_entropy():

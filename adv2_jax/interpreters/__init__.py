@@ -10,6 +10,7 @@ from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gr
 from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
 from adv2_jax.interpreters.masking import SCENES as SCENES_MASK
 from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective, usual
+from adv2_jax.interpreters.masking import fast as fast_mask
 from adv2_jax.interpreters.rts import Decoder, rts
 from adv2_jax.types import InputError, Interpreter
 
@@ -64,6 +65,7 @@ __all__ = [
   'avg_pool',
   'build',
   'cam',
+  'fast_mask',
   'from_map',
   'grad',
   'grad_cam',

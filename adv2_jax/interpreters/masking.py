@@ -439,19 +439,21 @@ def misfit(u: Array, wanted: Array, bound: float) -> Array:
 
 def check(config: MaskConfig) -> None:
   """InputError for settings that make no sense for any image."""
-  for name in ('size', 'steps'):
-    if getattr(config, name) < 1:
-      raise InputError(f'mask {name} is {getattr(config, name)}; expected at least 1')
-  for name in ('jitter', 'area', 'smoothness'):
-    if getattr(config, name) < 0:
+  for name, least in (('size', 1), ('steps', 1), ('jitter', 0)):
+    value = getattr(config, name)
+    if value % 1 or value < least:  # NaN, too
+      raise InputError(f'mask {name} is {value}; expected a whole number, at least {least}')
+  for name in ('area', 'smoothness'):
+    if not 0 <= getattr(config, name) < math.inf:
       raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 or more')
   for name in ('b1', 'b2'):
     if not 0 <= getattr(config, name) < 1:
       raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 to less than 1')
   if not 0 <= config.start <= 1:
     raise InputError(f'mask start is {config.start}; expected 0 to 1')
-  if not config.learning_rate > 0:
-    raise InputError(f'mask learning_rate is {config.learning_rate}; expected a positive number')
+  for name in ('learning_rate', 'beta'):
+    if not 0 < getattr(config, name) < math.inf:
+      raise InputError(f'mask {name} is {getattr(config, name)}; expected a positive number')
 
 
 def check_fits(config: MaskConfig, height: int, width: int) -> None:
