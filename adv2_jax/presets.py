@@ -176,7 +176,7 @@ def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformat
 
 @functools.lru_cache
 def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
-  """Ours: sign momentum with cosine-decayed steps, judged as it will be judged.
+  """Ours: sign momentum with cosine-decayed steps; what it keeps is chosen as it will be judged.
 
   Both losses pull from the first step on. What binds differs between examples, so each has its own
   λ = λ0 · exp(−l_prd), with l_prd = max(0, u + 4) and u = log((1 − p_t)/p_t): an image that is

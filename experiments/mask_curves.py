@@ -3,7 +3,7 @@ r"""MASK's published solver beside `masking.fast`: `python -m experiments.mask_c
     python -m experiments.mask_curves --num_examples 64
 
 The objective l_map, mean over the first N images that the classifier gets right and over `VIEWS`
-jitters, against the iterations. Both start and end where their solver does; neither is told these
+jitters, against the iterations. Each starts and ends where its solver does; neither is told these
 jitters. Writes curves.json and curves.png.
 """
 
