@@ -217,7 +217,7 @@ def _lead(results: Results) -> str:
     else ''
   )
   skipped = max((r.get('n_skipped') or 0 for r in rows), default=0)
-  more = f' {skipped} more were skipped: classified wrongly, or of the target class already.'
+  more = f' Skipped besides: {skipped}, classified wrongly, or of the target class already.'
   return _e(
     f'{n} correctly classified images were attacked{limit} so that the classifier reports a '
     'chosen wrong class. PGD cares about the class only; ADV² also makes the interpreter draw the '

@@ -61,7 +61,9 @@ def read_results(workdir: str | os.PathLike) -> Results:
     StoreError: there is no finished run.
   """
   path = pathlib.Path(workdir)
-  metrics = store.read_json(path / 'metrics.json', 'has no metrics.json: the run is not finished')
+  metrics = store.read_json(
+    path / 'metrics.json', 'has no metrics.json: the run is not finished; go on with it by --resume'
+  )
   history = path / 'history.json'
   with open(path / 'examples.csv', newline='', encoding='utf-8') as file:
     lines = list(csv.DictReader(file))

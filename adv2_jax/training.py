@@ -146,7 +146,7 @@ def optimiser(
     InputError: unknown name, or a rate that is not positive.
   """
   if not peak > 0:
-    raise InputError(f'learning_rate {peak} is not positive')
+    raise InputError(f'learning_rate is {peak}; expected a positive number')
   rise = max(1, round(warmup * steps))
   rate = optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1), 1e-3 * peak)
   if name == 'sgd':

@@ -57,8 +57,8 @@ def define_explain_flags() -> None:
   flags.DEFINE_list(
     'interpreters',
     None,
-    f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask (unless --preset fast is asked '
-    'for another map than the benign one), and rts where there is a decoder.',
+    f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask (an attack with --preset fast: '
+    'for benign maps only), and rts where there is a decoder.',
   )
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
@@ -183,7 +183,7 @@ def check(c: dict[str, Any]) -> None:
   if c['model'] not in nets.ZOO:
     raise InputError(f'--model {c["model"]!r} is unknown; expected one of {", ".join(nets.ZOO)}')
   if not c['interpreters'] or len(set(c['interpreters'])) < len(c['interpreters']):
-    raise InputError(f'--interpreters is {c["interpreters"]}; expected distinct names')
+    raise InputError(f'--interpreters is {c["interpreters"]}; expected one or more distinct names')
   for name in c['interpreters']:
     if name not in interpreters.NAMES:
       interpreters.build(name)  # tells which there are

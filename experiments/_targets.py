@@ -39,6 +39,8 @@ def labels(
     target = _in_range(int(flag), num_classes, '--target_label')
     return lambda i, least: target
   path = pathlib.Path(flag)
+  if path.suffix == '.csv' and not path.is_file():
+    raise InputError(f'--target_label is {flag!r}: there is no such file; check its path')
   if not path.is_file():
     raise InputError(
       f'--target_label is {flag!r}; expected random, least_likely, a class, or FILE.csv (id,target)'

@@ -174,4 +174,4 @@ def test_the_command_tells_its_failure_in_the_last_line(tmp_path):
   command = [sys.executable, '-m', 'experiments.evaluate', '--workdir', str(tmp_path)]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 1
-  assert done.stderr.splitlines()[-1].endswith('has no metrics.json: the run is not finished')
+  assert done.stderr.splitlines()[-1].endswith('the run is not finished; go on with it by --resume')

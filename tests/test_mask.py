@@ -316,6 +316,10 @@ def test_the_attack_keeps_the_map():
     ({'smoothness': math.inf}, 'mask smoothness is inf; expected 0 or more'),
     ({'beta': -1.0}, 'mask beta is -1.0; expected a positive number'),
     ({'learning_rate': math.inf}, 'mask learning_rate is inf; expected a positive number'),
+    ({'blur': 4}, 'mask blur is 4; expected an odd number of pixels'),
+    ({'mask_blur': -3}, 'mask mask_blur is -3; expected an odd number of pixels'),
+    ({'size': 6.0}, 'mask size is 6.0; expected a whole number'),
+    ({'steps': 'ten'}, "mask steps is 'ten'; expected a whole number"),
     ({'b2': 1.0}, 'mask b2 is 1.0; expected 0 to less than 1'),
     ({'start': 1.5}, 'mask start is 1.5; expected 0 to 1'),
     ({'learning_rate': 0.0}, 'mask learning_rate is 0.0; expected a positive number'),
@@ -331,13 +335,19 @@ def test_settings_that_make_no_sense(change, message):
   [
     ({'size': 17}, 'mask size is 17 cells; expected at most 16'),
     ({'jitter': 16}, 'mask jitter is 16 px; expected less than 16'),
-    ({'blur': 4}, 'blur is 4; expected an odd width'),
-    ({'blur': 33}, 'blur is 33; expected an odd width of 1 to 31 pixels'),
+    ({'blur': 33}, 'a blur is 33 px wide; expected an odd width of 1 to 31'),
   ],
 )
 def test_settings_that_do_not_fit_the_images(change, message):
   with pytest.raises(InputError, match=message):
     interpreters.mask(SMALL._replace(**change)).explain(CLF, X, Y, KEYS)
+
+
+def test_what_are_no_settings_or_no_decoder():
+  with pytest.raises(InputError, match=r"the settings of mask are 'fast'; expected a MaskConfig\("):
+    interpreters.mask('fast')
+  with pytest.raises(InputError, match=r'decoder is None; expected one from load_decoder\('):
+    interpreters.rts(None)
 
 
 def test_the_solver_itself_refuses_settings_that_make_no_sense():

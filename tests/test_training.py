@@ -293,7 +293,7 @@ def config(tmp_path):
     ({'data_path': 'nowhere.npz'}, 'nowhere.npz does not exist'),
     ({'batch_size': 64}, 'batch_size 64 is more than the'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
-    ({'learning_rate': 0.0}, 'learning_rate 0.0 is not positive'),
+    ({'learning_rate': 0.0}, 'learning_rate is 0.0; expected a positive number'),
     ({'encoder': 'resnet18'}, '--encoder resnet18: only --task rts has it'),
     ({'dataset': 'scenes'}, 'a.npz: the scenes are drawn, not read'),
     ({'dataset': 'scenes', 'data_path': None, 'test_path': 'b.npz'}, 'b.npz: the scenes are drawn'),

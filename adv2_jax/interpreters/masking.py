@@ -11,6 +11,7 @@ matrices, made once on the host.
 
 import functools
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ def gaussian_matrix(size: int, width: int) -> np.ndarray:
   σ = 0.3 · ((width − 1)/2 − 1) + 0.8, OpenCV's rule.
   """
   if width % 2 == 0 or not 1 <= width <= 2 * size - 1:
-    raise InputError(f'blur is {width}; expected an odd width of 1 to {2 * size - 1} pixels')
+    raise InputError(f'a blur is {width} px wide; expected an odd width of 1 to {2 * size - 1}')
   radius = width // 2
   sigma = 0.3 * (radius - 1) + 0.8
   kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -439,10 +440,16 @@ def misfit(u: Array, wanted: Array, bound: float) -> Array:
 
 def check(config: MaskConfig) -> None:
   """InputError for settings that make no sense for any image."""
+  if not isinstance(config, MaskConfig):
+    raise InputError(f'the settings of mask are {config!r}; expected a MaskConfig(…)')
   for name, least in (('size', 1), ('steps', 1), ('jitter', 0)):
     value = getattr(config, name)
-    if value % 1 or value < least:  # NaN, too
-      raise InputError(f'mask {name} is {value}; expected a whole number, at least {least}')
+    if not isinstance(value, numbers.Integral) or value < least:
+      raise InputError(f'mask {name} is {value!r}; expected a whole number, at least {least}')
+  for name in ('blur', 'mask_blur'):
+    value = getattr(config, name)
+    if not isinstance(value, numbers.Integral) or value < 1 or value % 2 == 0:
+      raise InputError(f'mask {name} is {value!r}; expected an odd number of pixels, at least 1')
   for name in ('area', 'smoothness'):
     if not 0 <= getattr(config, name) < math.inf:
       raise InputError(f'mask {name} is {getattr(config, name)}; expected 0 or more')

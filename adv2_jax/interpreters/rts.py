@@ -44,9 +44,11 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
   In the attack, `encoder_weight` · cross-entropy of the encoder's own logits to the class is a
   further loss term, so that the selector sees the class in the features (published: 0.1).
 
-  Raises (when traced):
-    InputError: the classifier has other classes than the decoder's selector.
+  Raises:
+    InputError: no decoder; when traced, the classifier has other classes than its selector.
   """
+  if not isinstance(decoder, Decoder):
+    raise InputError(f'decoder is {decoder!r}; expected one from load_decoder(…)')
   explain, unroll, begin = _functions(decoder.apply_fn, decoder.num_classes, encoder_weight)
   return Interpreter(
     decoder.params,
