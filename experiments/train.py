@@ -194,7 +194,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
   c = {**dict.fromkeys(config), **DEFAULTS[config['task']], **given}
   for name in ('mean', 'std', 'encoder_mean', 'encoder_std'):
     _flags.floats(c[name], name)
-  training.optimiser(c['optimiser'], c['learning_rate'], 1)  # says what is wrong with them
+  training.optimiser(c['optimiser'], c['learning_rate'], steps=1)  # refuses what it cannot build
   if c['task'] == 'rts':
     _train_rts.check(c)
   for name in (c['model'], c['encoder'] or c['model']):
