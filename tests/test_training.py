@@ -156,7 +156,7 @@ def test_only_kernels_decay(name):
 def test_bad_optimisers():
   with pytest.raises(InputError, match="unknown optimiser 'lion'"):
     training.optimiser('lion', 0.1, 10)
-  with pytest.raises(InputError, match='learning_rate 0'):
+  with pytest.raises(InputError, match='learning_rate is 0'):
     training.optimiser('sgd', 0, 10)
 
 
