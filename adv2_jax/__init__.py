@@ -13,17 +13,14 @@ from adv2_jax import (
   losses,
   metrics,
   nets,
-  optimisers,
-  perturbations,
-  presets,
-  saliency,
 )
 from adv2_jax.api import AttackResult, attack, attack_batch
-from adv2_jax.attack import adv2, pgd, run, run_chunk, staged, track_best
-from adv2_jax.attack_mask import adv2_mask
-from adv2_jax.checkpoints import load_classifier, load_decoder
+from adv2_jax.attacks import optimisers, perturbations, presets
+from adv2_jax.attacks.loop import adv2, pgd, run, run_chunk, staged, track_best
+from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
 from adv2_jax.overlay import overlay
+from adv2_jax.training import rts as saliency
 from adv2_jax.types import (
   Attack,
   AttackState,
@@ -36,6 +33,7 @@ from adv2_jax.types import (
   Terms,
   Unrolled,
 )
+from adv2_jax.weights.zoo import load_classifier, load_decoder
 
 __version__ = '0.1.0'
 

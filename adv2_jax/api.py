@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax import images, losses, metrics, presets, validate
-from adv2_jax.attack import run_chunk, success
+from adv2_jax import images, losses, metrics, validate
+from adv2_jax.attacks import presets
+from adv2_jax.attacks.loop import run_chunk, success
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import (
   Array,

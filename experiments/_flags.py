@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from adv2_jax import checkpoints, data, interpreters, nets, saliency
+from adv2_jax import data, interpreters, nets
+from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
+from adv2_jax.weights import zoo
 
 FLAGS = flags.FLAGS
 LABEL_KEY_HELP = (
@@ -158,7 +160,7 @@ def config() -> dict[str, Any]:
 def default_interpreters(c: Mapping[str, Any]) -> list[str]:
   """Those of the method, as far as they can be attacked (or, without a preset, drawn) here."""
   mask = [] if _mask_is_refused(c) else ['mask']
-  decoder = c['decoder'] or checkpoints.built_in_decoder(c['model'], c['weights'])
+  decoder = c['decoder'] or zoo.built_in_decoder(c['model'], c['weights'])
   return ['grad', 'cam', *mask, *(['rts'] if decoder else [])]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adv2_jax import api, checkpoints, data, images, interpreters, metrics, nets, validate
+from adv2_jax import api, data, images, interpreters, metrics, nets, validate
 from adv2_jax.classifier import Classifier
 from adv2_jax.types import Array, Batch, InputError, Interpreter, Key, Map
+from adv2_jax.weights import zoo
 from experiments import _flags, _targets
 
 
@@ -65,7 +66,7 @@ def set_precision(dtype: str) -> None:
 def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
   """The classifier and the interpreters of a config."""
   set_precision(config['dtype'])
-  clf = checkpoints.load_classifier(
+  clf = zoo.load_classifier(
     config['model'],
     config['weights'],
     mean=_flags.floats(config['mean'], 'mean'),
@@ -82,7 +83,7 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
 def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
   """RTS's, from the flag, or the built-in one that was trained for the model."""
   model = config['model']
-  source = config['decoder'] or checkpoints.built_in_decoder(model, config['weights'])
+  source = config['decoder'] or zoo.built_in_decoder(model, config['weights'])
   if source is None:
     weights = config['weights'] or 'its weights'
     raise InputError(
@@ -90,7 +91,7 @@ def load_decoder(config: Mapping[str, Any]) -> interpreters.Decoder:
       f'FILE.safetensors, from python -m experiments.train --task rts --model {model}'
     )
   weights = config['weights'] or model
-  return checkpoints.load_decoder(source, model, weights, dtype=config['dtype'])
+  return zoo.load_decoder(source, model, weights, dtype=config['dtype'])
 
 
 def load(config: dict[str, Any]) -> Setup:
@@ -107,7 +108,7 @@ def load(config: dict[str, Any]) -> Setup:
     skip_corrupt=config['skip_corrupt'],
   )
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
-  card = checkpoints.read_card(checkpoints.resolve(config['weights'] or config['model']))
+  card = zoo.read_card(zoo.resolve(config['weights'] or config['model']))
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
   one = jax.ShapeDtypeStruct((1,), jnp.int32)
   for interpreter in built.values():  # says what does not fit this model or these images

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from adv2_jax.data.sources import read_csv, read_npz
-from adv2_jax.saliency import another_class
+from adv2_jax.training.rts import another_class
 from adv2_jax.types import InputError
 
 MAPS = ('benign', 'random_class', 'random_patch')

@@ -16,11 +16,15 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from adv2_jax import checkpoints, figures, images, metrics, overlay, saliency, training
+from adv2_jax import images, metrics, overlay
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
 from adv2_jax.data import Dataset
 from adv2_jax.nets import saliency_unet
+from adv2_jax.training import fit as training
+from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError, Key, Map, PyTree
+from adv2_jax.weights import zoo
+from adv2_jax.workdir import figures
 from experiments import _flags
 
 METRICS = ('destroyer', 'preserver', 'area', 'smoothness', 'marked', 'marked_fake')
@@ -49,7 +53,7 @@ class Net(NamedTuple):
     mean: of the encoder's input.
     std: of the encoder's input.
     classes: those that occur in the training data; None: all of the classifier's.
-    digest: of the black box's weights, see `checkpoints.digest`.
+    digest: of the black box's weights, see `zoo.digest`.
   """
 
   module: saliency_unet.SaliencyUnet
@@ -74,7 +78,7 @@ def check(c: Mapping[str, Any]) -> None:
 def black_box(c: Mapping[str, Any]) -> Classifier:
   """The classifier to explain, as `experiments.attack` would load it."""
   mean, std = (_flags.floats(c[name], name) for name in ('mean', 'std'))
-  return checkpoints.load_classifier(c['model'], c['weights'], mean=mean, std=std)
+  return zoo.load_classifier(c['model'], c['weights'], mean=mean, std=std)
 
 
 def correct(c: Mapping[str, Any], image: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -90,7 +94,7 @@ def correct(c: Mapping[str, Any], image: np.ndarray, label: np.ndarray) -> np.nd
 
 def numbered(c: Mapping[str, Any], dataset: Dataset) -> Dataset:
   """The data, its labels those of the black box; InputError where that cannot be."""
-  card = checkpoints.read_card(checkpoints.resolve(c['weights'] or c['model']))
+  card = zoo.read_card(zoo.resolve(c['weights'] or c['model']))
   return dataset.numbered_for(_num_classes(black_box(c)), card.get('class_names'))
 
 
@@ -108,7 +112,7 @@ def encoder_of(c: Mapping[str, Any]) -> tuple[str, str]:
 def encoder_input(c: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and std of what the encoder sees: as flags say, as the black box where it is that net."""
   source = encoder_of(c)[1]
-  card = checkpoints.read_card(checkpoints.resolve(source))
+  card = zoo.read_card(zoo.resolve(source))
   is_black_box = source == (c['weights'] or c['model'])
 
   def of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
@@ -132,8 +136,8 @@ def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key:
     )
   widths = _flags.widths(c['widths'])
   module = saliency_unet.build(encoder, num_classes, widths, c['confidence'])
-  tensors = checkpoints.read_tensors(source)
-  read = checkpoints.load_variables(module.encoder, tensors, f'{source} as the encoder {encoder}')
+  tensors = zoo.read_tensors(source)
+  read = zoo.load_variables(module.encoder, tensors, f'{source} as the encoder {encoder}')
   fresh = jax.jit(module.init)(key, one, np.zeros(1, np.int32))
   variables = {part: {**fresh[part], 'encoder': read[part]} for part in fresh}
   present = tuple(np.unique(labels).tolist())
@@ -143,7 +147,7 @@ def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key:
     {**variables, 'black_box': clf.params},
     *encoder_input(c),
     None if len(present) == num_classes else present,
-    checkpoints.digest(c['weights'] or c['model']),
+    zoo.digest(c['weights'] or c['model']),
   )
 
 

@@ -12,10 +12,7 @@ rounded to 8 bits and judged by the real net and a fresh map. Results appear bat
 killed run goes on with --resume. Files and fields: see README.
 """
 
-import contextlib
 import functools
-import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,8 +22,11 @@ import jax
 import numpy as np
 import tqdm
 
-from adv2_jax import api, images, metrics, presets, report, store
-from adv2_jax.store import (
+from adv2_jax import api, images, metrics
+from adv2_jax.attacks import presets
+from adv2_jax.types import Array, InputError, Interpreter, Key, Map
+from adv2_jax.workdir import report, store
+from adv2_jax.workdir.store import (
   Workdir,
   as_records,
   check_workdir,
@@ -34,12 +34,7 @@ from adv2_jax.store import (
   image_folder,
   map_folder,
 )
-from adv2_jax.types import Array, InputError, Interpreter, Key, Map
-from experiments import _flags, _setup, _targets
-
-NOT_KEPT = ('again', 'other')  # no image or map of these is written
-score = jax.jit(metrics.score)
-two_class_maps = jax.jit(metrics.two_class_maps)
+from experiments import _flags, _judge, _setup, _targets
 
 
 class Stopwatch:
@@ -125,7 +120,7 @@ class Run(NamedTuple):
   def maps(self, shard: _setup.Shard, name: str, attack: str, x8: Array, keys: Key) -> Array:
     """Fresh maps for the true class and for the target, [2,B,h,w]; those of MASK take a while."""
     self.bar.set_postfix_str(f'{attack} {name}, making the maps to judge')
-    return two_class_maps(
+    return _judge.two_class_maps(
       self.setup.clf,
       self.setup.interpreters[name],
       x8,
@@ -187,7 +182,7 @@ class Run(NamedTuple):
     if maps is None:
       maps = self.maps(shard, name, attack, x8, keys)
     attacked = attack not in store.NOT_PERTURBED
-    scores = score(
+    scores = _judge.score(
       self.setup.clf,
       shard.batch.x,
       x8,
@@ -208,7 +203,7 @@ class Run(NamedTuple):
         arrays['masks'] = shard.mask * np.uint8(255)
     if attack == 'other':
       keep &= shard.other >= 0
-    if attack in NOT_KEPT:
+    if attack in _judge.NOT_KEPT:
       arrays = {}
       scores = {k: v for k, v in scores.items() if k not in ('linf', 'l2', 'out_of_set')}
     elif (left := np.asarray(scores['out_of_set']) & shard.is_real).any():
@@ -250,50 +245,6 @@ def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[di
       }
 
 
-def commit_of(folder: pathlib.Path) -> str | None:
-  """The commit checked out in `folder`; None unless it is a repository, not just inside of one."""
-  command = ['git', 'rev-parse', '--show-toplevel', '--short', 'HEAD']
-  found = []
-  with contextlib.suppress(OSError):  # no git on this machine
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    found = done.stdout.splitlines()
-  own = len(found) == 2 and pathlib.Path(found[0]).resolve() == folder.resolve()
-  return found[1] if own else None
-
-
-def environment(config: dict[str, Any]) -> dict[str, Any]:
-  """What ran the attack."""
-  devices = _setup.devices_of(config)
-  return {
-    'jax': jax.__version__,
-    'devices': f'{len(devices)} × {devices[0].device_kind}',
-    'commit': commit_of(pathlib.Path(__file__).parents[1]),
-  }
-
-
-TABLE = {
-  'asr': 'ASR',
-  'mc': 'MC',
-  'map_l1': 'map L1',
-  'map_iou': 'IoU',
-  'map_spearman': 'Spearman',
-  'out_of_set': 'outside',
-  'gradient_evaluations': 'evals',
-  'seconds': 'seconds',
-}
-
-
-def table(found: list[dict[str, Any]]) -> str:
-  """The rows as a markdown table."""
-  lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE.values()) + ' |']
-  lines.append('|---' * (len(TABLE) + 3) + '|')
-  for row in found:
-    values = [row.get(field) for field in TABLE]
-    cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
-    lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
-
-
 def run(config: dict[str, Any]) -> Workdir:
   """The whole command, once the flags are known."""
   _flags.check(config)
@@ -326,8 +277,8 @@ def run(config: dict[str, Any]) -> Workdir:
     for shard in _setup.shards(setup, examples, left):
       progress.one_shard(shard)
   found = list(rows(setup, workdir, examples.num_skipped))
-  workdir.finish(found, environment(config), setup.dataset.class_names)
-  print(table(found))
+  workdir.finish(found, _judge.environment(config), setup.dataset.class_names)
+  print(_judge.table(found))
   print(report.write_report(workdir.path))
   return workdir
 

@@ -26,11 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adv2_jax import checkpoints, images, interpreters, nets, perturbations, store
-from adv2_jax.attack import adv2, run_chunk
-from adv2_jax.attack_mask import adv2_mask
+from adv2_jax import images, interpreters, nets
+from adv2_jax.attacks import perturbations
+from adv2_jax.attacks.loop import adv2, run_chunk
+from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.types import Attack, Batch, InputError, PyTree
+from adv2_jax.weights import zoo
+from adv2_jax.workdir import store
 from experiments import _flags, _setup
 
 EPSILON, ALPHA, WEIGHT = 0.031, 1 / 255, 5.0
@@ -166,11 +169,11 @@ def bench(config: Mapping[str, Any]) -> dict[str, Any]:
   _setup.set_precision(dtype)
   module = nets.build(config['model'], dtype=jnp.bfloat16 if dtype == 'bfloat16' else None)
   if weights:
-    variables = checkpoints.load_variables(module, checkpoints.read_tensors(weights), weights)
+    variables = zoo.load_variables(module, zoo.read_tensors(weights), weights)
   else:
     variables = random_variables(module, size)
   clf = from_linen(module, variables)
-  rival = torch_side(config['model'], checkpoints.to_tensors(variables), dtype)
+  rival = torch_side(config['model'], zoo.to_tensors(variables), dtype)
   if rival is None:
     print("PyTorch is not installed (pip install '.[bench]'): the library is timed alone")
 

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adv2_jax import checkpoints, weight_files
 from adv2_jax.types import InputError
+from adv2_jax.weights import files as weight_files
+from adv2_jax.weights import zoo
 
 
-def convert(source: pathlib.Path, target: pathlib.Path) -> checkpoints.Tensors:
+def convert(source: pathlib.Path, target: pathlib.Path) -> zoo.Tensors:
   """Writes the tensors of a torch checkpoint to `target`, under this project's names.
 
   Unwraps what training scripts put around a state dict: an outer 'state_dict' or 'model', the
@@ -49,7 +50,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> checkpoints.Tensors:
   }
   if not tensors:
     raise InputError(f'{source}: holds no tensors; expected a state dict')
-  tensors = checkpoints.canonical(tensors)
+  tensors = zoo.canonical(tensors)
   weight_files.write_safetensors(target, tensors)
   return tensors
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tensors = convert(args.source, args.target)
   except (InputError, OSError) as e:
     sys.exit(f'error: {e}')
-  net = checkpoints.identify(tensors)
+  net = zoo.identify(tensors)
   fits = f'use it with --model {net}' if net else 'no net of the zoo has these tensors'
   print(f'{args.target}: {len(tensors)} tensors; {fits}')
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from adv2_jax import images, metrics, store
+from adv2_jax import images, metrics
 from adv2_jax.classifier import Classifier
-from adv2_jax.results import Results, read_results
 from adv2_jax.types import Array, InputError, Interpreter
-from experiments import _flags, _setup, attack
+from adv2_jax.workdir import store
+from adv2_jax.workdir.results import Results, read_results
+from experiments import _flags, _judge, _setup
 
 # What another device may change. IoU is a count of cells, and one cell may cross the threshold.
 CELL = 0.02
@@ -46,17 +47,17 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
   """
   results = read_results(workdir)
   clf, built = _setup.models(results.config)
-  kept = [key for key in results.examples if key[0] not in attack.NOT_KEPT]
+  kept = [key for key in results.examples if key[0] not in _judge.NOT_KEPT]
   rows = []
   with tqdm.tqdm(total=len(kept), unit='img', mininterval=1) as bar:
     for name, interpreter in built.items():
       attacks = [r['attack'] for r in results.rows if r['interpreter'] == name]
-      found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in attack.NOT_KEPT}
+      found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in _judge.NOT_KEPT}
       for kind in found:
         bar.set_postfix_str(f'{kind} {name}')
         ids = sorted(i for a, n, i in kept if (a, n) == (kind, name))
         for batch in _batches(ids, results.config['batch_size']):
-          found[kind] += _judge(results, clf, interpreter, name, kind, batch)
+          found[kind] += _judged(results, clf, interpreter, name, kind, batch)
           bar.update(len(batch))
       for kind, records in found.items():
         attacked = kind not in store.NOT_PERTURBED
@@ -70,7 +71,7 @@ def _batches(ids: Sequence[int], size: int) -> Iterator[list[int]]:
   yield from (list(ids[k : k + size]) for k in range(0, len(ids), size))
 
 
-def _judge(
+def _judged(
   results: Results,
   clf: Classifier,
   interpreter: Interpreter,
@@ -86,12 +87,12 @@ def _judge(
   x8 = clean if kind == 'benign' else _images(results, kind, name, padded)
   keys = metrics.judge_keys(results.config['seed'], padded)
   maps_of = functools.partial(
-    attack.two_class_maps, clf, interpreter, y=label, target=target, key=keys
+    _judge.two_class_maps, clf, interpreter, y=label, target=target, key=keys
   )
   clean_maps = maps_of(x=clean)
   maps = clean_maps if kind == 'benign' else maps_of(x=x8)
   attacked = kind not in store.NOT_PERTURBED
-  scores = attack.score(
+  scores = _judge.score(
     clf,
     clean,
     x8,
@@ -183,7 +184,7 @@ def _compare(where: str, field: str, said: Any, computed: Any, file: str) -> Non
 def main(config: Mapping[str, Any]) -> None:
   """The whole command; a disagreement is an InputError."""
   rows, workdir = rescore(config['workdir']), config['workdir']
-  print(attack.table(rows))
+  print(_judge.table(rows))
   print(f'{workdir}: all {sum(r["n"] for r in rows)} re-scored images agree with its files')
 
 

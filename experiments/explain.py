@@ -21,11 +21,20 @@ import jax
 import numpy as np
 import tqdm
 
-from adv2_jax import figures, images, metrics, overlay, weight_files
+from adv2_jax import images, metrics, overlay
 from adv2_jax.classifier import Classifier
-from adv2_jax.store import RESUME, StoreError, check_workdir, default_workdir, plain, writing
 from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
-from experiments import _flags, _setup, attack
+from adv2_jax.weights import files as weight_files
+from adv2_jax.workdir import figures
+from adv2_jax.workdir.store import (
+  RESUME,
+  StoreError,
+  check_workdir,
+  default_workdir,
+  plain,
+  writing,
+)
+from experiments import _flags, _judge, _setup
 
 MEDIANS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept')
 FIELDS = (*MEDIANS, 'pointing_game', 'energy_inside')
@@ -119,7 +128,7 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
       for n, i in enumerate(examples.id)
     ]
     columns.append(panels(shown, maps))
-  report = {'config': flags, 'environment': attack.environment(config), 'rows': rows}
+  report = {'config': flags, 'environment': _judge.environment(config), 'rows': rows}
   write(path, report, lines, ['image', *seen], list(zip(*columns, strict=True)))
   print(table(rows))
   print(path)

@@ -19,12 +19,13 @@ import numpy as np
 import tqdm
 from matplotlib.figure import Figure
 
-from adv2_jax import figures, images
+from adv2_jax import images
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters import masking
-from adv2_jax.store import check_workdir, default_workdir, plain, writing
 from adv2_jax.types import Array, Image, Key, Label, fold_keys
-from experiments import _flags, _setup, attack
+from adv2_jax.workdir import figures
+from adv2_jax.workdir.store import check_workdir, default_workdir, plain, writing
+from experiments import _flags, _judge, _setup
 
 VIEWS = 4
 POINTS = 25
@@ -103,7 +104,7 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
       'objective_median': float(np.median(found[-1])),
     }
     print(f'{name}: {c.steps} iterations, objective {found[-1].mean():.4f}')
-  report = {'config': flags, 'environment': attack.environment(config), 'solvers': rows}
+  report = {'config': flags, 'environment': _judge.environment(config), 'solvers': rows}
   with figures.style():
     drawn = io.BytesIO()
     draw(rows).savefig(drawn, format='png')

@@ -31,9 +31,13 @@ import numpy as np
 import tqdm
 from matplotlib.figure import Figure
 
-from adv2_jax import checkpoints, data, images, interpreters, metrics, nets, report, store, training
+from adv2_jax import data, images, interpreters, metrics, nets
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
+from adv2_jax.training import classifier as classifying
+from adv2_jax.training import fit as training
 from adv2_jax.types import InputError, Key, PyTree
+from adv2_jax.weights import zoo
+from adv2_jax.workdir import report, store
 from experiments import _flags, _train_rts
 
 LOG = 'log.csv'
@@ -134,7 +138,7 @@ def pointing_game(
 
   Beside them, as `chance`, the share that a random pixel would score.
   """
-  clf = checkpoints.load_classifier(model, weights)
+  clf = zoo.load_classifier(model, weights)
   masks = np.stack([np.asarray(dataset.mask(i)) for i in range(n)])
   batches = [np.arange(start, start + 50) for start in range(0, n, 50)]
   scores = {'chance': float(masks.mean())}
@@ -200,7 +204,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
   for name in (c['model'], c['encoder'] or c['model']):
     nets.build(name)  # Wrong names are told before anything is decoded.
   for source in filter(None, (c['weights'], c['encoder_weights'])):
-    checkpoints.read_tensors(source)
+    zoo.read_tensors(source)
   path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
   store.check_workdir(path, c, c['resume'])
   to_train, held_out = open_data(c)
@@ -257,15 +261,15 @@ def classifier_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch
   )
   variables = None
   if c['weights']:
-    tensors = checkpoints.read_tensors(c['weights'])
-    variables = checkpoints.load_variables(module, tensors, c['weights'])
-  step = training.classifier_step(
+    tensors = zoo.read_tensors(c['weights'])
+    variables = zoo.load_variables(module, tensors, c['weights'])
+  step = classifying.classifier_step(
     module, tx, mean=mean, std=std, augment=_augment(c), label_smoothing=c['label_smoothing']
   )
-  accuracy = training.make_evaluate(module, test.image, test.label, mean=mean, std=std)
+  accuracy = classifying.make_evaluate(module, test.image, test.label, mean=mean, std=std)
 
   def begin(variables: PyTree | None) -> training.TrainState:
-    state = training.init_state(module, tx, train.image.shape[1:], _keys(c)[0])
+    state = classifying.init_state(module, tx, train.image.shape[1:], _keys(c)[0])
     return state if variables is None else state.replace(variables=variables)
 
   def card(stored: PyTree, weights: pathlib.Path) -> dict[str, Any]:
@@ -407,10 +411,10 @@ def write_card(job: Job, variables: PyTree) -> None:
     f'{jax.default_backend()}',
   }
   net = {part: variables[part] for part in variables if part != 'black_box'}
-  checkpoints.save_checkpoint(weights, net, card)
-  stored = checkpoints.from_tensors(net, checkpoints.read_tensors(weights), str(weights))
+  zoo.save_checkpoint(weights, net, card)
+  stored = zoo.from_tensors(net, zoo.read_tensors(weights), str(weights))
   card |= task.card(stored, weights)
-  checkpoints.save_checkpoint(weights, net, card)
+  zoo.save_checkpoint(weights, net, card)
   print(f'held-out accuracy {card["accuracy"]:.4f}')
   print(weights)
 

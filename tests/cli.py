@@ -13,8 +13,10 @@ import numpy as np
 from conftest import flag_defaults
 from parity.weights import numpy_weights
 
-from adv2_jax import checkpoints, nets, weight_files
+from adv2_jax import nets
 from adv2_jax.images import from_uint8
+from adv2_jax.weights import files as weight_files
+from adv2_jax.weights import zoo
 from experiments import _flags, _setup, attack
 
 SIZE, EPSILON, SEED = 32, 0.05, 3
@@ -35,10 +37,10 @@ def make_victim(folder):
   image = np.uint8(127 + 80 * waves[np.arange(10) % 3] + 40 * noise)  # three kinds
   module = nets.build('scene_resnet')
   shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-  tensors = numpy_weights(checkpoints.tensor_shapes(shapes), seed=1)
+  tensors = numpy_weights(zoo.tensor_shapes(shapes), seed=1)
   for shift in (True, False):
     weight_files.write_safetensors(folder / 'net.safetensors', tensors)
-    clf = checkpoints.load_classifier('scene_resnet', folder / 'net.safetensors')
+    clf = zoo.load_classifier('scene_resnet', folder / 'net.safetensors')
     logits = np.asarray(clf(from_uint8(image)).logits)
     if shift:  # else all images are of one class
       tensors['fc.bias'] = tensors['fc.bias'] - logits.mean(0)

@@ -75,17 +75,18 @@ def tensors():
 @pytest.fixture(scope='session')
 def variables(tensors):
   """The same, as the module takes them."""
-  from adv2_jax import checkpoints, nets
+  from adv2_jax import nets
+  from adv2_jax.weights import zoo
 
-  return checkpoints.load_variables(nets.build('scene_resnet'), tensors)
+  return zoo.load_variables(nets.build('scene_resnet'), tensors)
 
 
 @pytest.fixture
 def builtin(tmp_path, monkeypatch):
   """An installed package's folder of built-in weights, empty."""
-  from adv2_jax import checkpoints
+  from adv2_jax.weights import zoo
 
-  monkeypatch.setattr(checkpoints, '_PACKAGE', tmp_path / 'adv2_jax')
+  monkeypatch.setattr(zoo, '_PACKAGE', tmp_path / 'adv2_jax')
   folder = tmp_path / 'adv2_jax' / '_builtin'
   folder.mkdir(parents=True)
   return folder

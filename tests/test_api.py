@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 import adv2_jax as adv2
-from adv2_jax import api, images, presets
+from adv2_jax import api, images
+from adv2_jax.attacks import presets
 from adv2_jax.types import InputError
 
 CLF = tiny.classifier()

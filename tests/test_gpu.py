@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from adv2_jax import interpreters
-from adv2_jax.attack import adv2
-from adv2_jax.perturbations import linf_ball
+from adv2_jax.attacks.loop import adv2
+from adv2_jax.attacks.perturbations import linf_ball
 
 pytestmark = pytest.mark.gpu
 

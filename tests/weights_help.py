@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adv2_jax import checkpoints, nets
+from adv2_jax import nets
 from adv2_jax.types import InputError
+from adv2_jax.weights import zoo
 
 
 def zoo_shapes(name, **fields):
   module = nets.build(name, **fields)
   x = jnp.zeros((1, 32, 32, 3))
-  return checkpoints.tensor_shapes(jax.eval_shape(module.init, jax.random.key(0), x))
+  return zoo.tensor_shapes(jax.eval_shape(module.init, jax.random.key(0), x))
 
 
 def assert_same(actual, expected):

@@ -32,7 +32,7 @@ def build(
   """The interpreter of that name with the settings usual for that image size (px).
 
   `form` is that of GRAD's smoothed ReLU derivative; maps do not depend on it, attacks do. `decoder`
-  is what RTS needs; see `checkpoints.load_decoder`.
+  is what RTS needs; see `zoo.load_decoder`.
   """
   if name not in NAMES:
     raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(NAMES)}')

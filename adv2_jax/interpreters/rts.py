@@ -23,7 +23,7 @@ from adv2_jax.types import (
 
 
 class Decoder(flax.struct.PyTreeNode):
-  """A trained saliency net with its encoder; `checkpoints.load_decoder` reads one.
+  """A trained saliency net with its encoder; `zoo.load_decoder` reads one.
 
   Attributes:
     params: its variables.

@@ -1,7 +1,7 @@
 """The zoo: Linen nets, each with a field `act` and a method `head`; NHWC.
 
 Every net maps normalised images f32[B,H,W,3] to `Outputs(logits, taps)`. Weights:
-`adv2_jax.checkpoints`; a ready classifier: `adv2_jax.load_classifier`.
+`adv2_jax.weights.zoo`; a ready classifier: `adv2_jax.load_classifier`.
 """
 
 import functools

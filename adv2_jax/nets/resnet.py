@@ -1,7 +1,7 @@
 """ResNet-18/34/50/101 as torchvision builds them (v1.5: the stride sits in the 3×3 convolution).
 
 Module names are torch's, dots included (`layer1.0`, `downsample.1`), so that a parameter's path is
-its name in a torchvision checkpoint; see `adv2_jax.checkpoints`.
+its name in a torchvision checkpoint; see `adv2_jax.weights.zoo`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,1 @@
+"""The attack loop and what it is composed of; start with `loop`."""

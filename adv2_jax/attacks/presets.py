@@ -1,0 +1,254 @@
+"""Recipes: complete schedules, by name. `authors` is what the paper's scripts ran, `fast` is ours.
+
+A recipe is static under jit and compared by identity, so the factories here are cached: the same
+settings give the same recipe, and no second trace.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adv2_jax import losses
+from adv2_jax.attacks import optimisers
+from adv2_jax.attacks.loop import Score, adv2, pgd, staged, track_best
+from adv2_jax.attacks.mask_alternation import adv2_mask
+from adv2_jax.attacks.perturbations import linf_ball
+from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.masking import MaskConfig
+from adv2_jax.types import (
+  Array,
+  Batch,
+  InputError,
+  Interpreter,
+  Key,
+  Perturbation,
+  Schedule,
+  Snapshot,
+  step_keys,
+)
+
+
+class Recipe(NamedTuple):
+  """All that is chosen before an attack meets a model.
+
+  Attributes:
+    perturbation: epsilon -> the set P(x0) that every stage searches.
+    schedule: (clf, interpreter, perturbation, key) -> the stages.
+  """
+
+  perturbation: Callable[[float | Array], Perturbation]
+  schedule: Callable[[Classifier, Interpreter, Perturbation, Key], Schedule]
+
+
+AUTHORS_STEP = 1 / 255
+AUTHORS_MASK = (400, 1000)  # steps on the margin, and of the alternation
+# Interpreter -> warm-up steps, and legs of (steps, λ at their start, λ at their end, distance).
+AUTHORS = {
+  'cam': (400, ((1200, 5.0, 10.0),), losses.map_mse),
+  'rts': (300, ((1000, 5.0, 10.0),), losses.map_mse),
+  'grad': (
+    300,
+    ((301, 0.001, 0.001), (201, 0.004, 0.004), (101, 0.01, 0.01), (101, 0.05, 0.05)),
+    losses.map_sse,
+  ),
+}
+
+
+def lowest_loss(batch: Batch, snapshot: Snapshot) -> Array:
+  """The score of plain PGD: the prediction loss, [B]."""
+  del batch
+  return snapshot.terms.prediction
+
+
+def closest_map(
+  clf: Classifier,
+  interpreter: Interpreter,
+  key: Key,
+  *,
+  max_log_odds: float,
+  wanted_log_odds: float = 0.0,
+  price: float = 0.0,
+) -> Score:
+  """The score of the joint attack: how far the map is, once the target is predicted, [B].
+
+  d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
+  come after these. d is the attack's own map distance, which should be √mse. Where `unroll` differs
+  from `explain` (GRAD, MASK), the map is made afresh on the real net; where it is random, with the
+  step's own random numbers, which no judge uses: an iterate is not kept for its luck with them.
+  """
+
+  def score(batch: Batch, snapshot: Snapshot) -> Array:
+    if interpreter.exact:
+      distance = snapshot.terms.interpretation
+    else:
+      keys = step_keys(key, batch.example_id, snapshot.step)
+      maps = interpreter.explain(clf, snapshot.x, batch.target, keys)
+      distance = losses.map_rms(maps, batch.target_map)
+    odds = losses.log_odds(snapshot.logits, batch.target)
+    cost = distance + price * jax.nn.relu(odds - wanted_log_odds)
+    return jnp.where(odds <= max_log_odds, cost, 1e6 + odds)
+
+  return score
+
+
+@functools.lru_cache
+def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+  """The published schedule for an interpreter of that name: warm start, then the joint loss.
+
+  Sign steps of 1/255. CAM, RTS: λ from 5 to 10 on the mean of squares, the last iterate. GRAD: four
+  legs of rising λ on the sum of squares, label-smoothed target, and per example the best iterate,
+  tested each 10th step on the real net, with p_t > 0.8. MASK: `adv2_mask`. Other interpreters use
+  CAM's schedule. `steps_s2` shortens or stretches all legs alike.
+  """
+  if name == 'mask':
+    warm, total = AUTHORS_MASK
+    return _authors_mask(
+      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2
+    )
+  warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
+  warm = warm if steps_s1 is None else steps_s1
+  total = sum(n for n, *_ in legs) if steps_s2 is None else steps_s2
+  stretch = total / sum(n for n, *_ in legs)
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    tx = optax.sign_sgd(AUTHORS_STEP)
+    ends = [round(stretch * sum(n for n, *_ in legs[: i + 1])) for i in range(len(legs))]
+    ramps = [optax.linear_schedule(a, b, max(1, round(stretch * n) - 1)) for n, a, b in legs]
+    joint = adv2(
+      clf,
+      interpreter,
+      perturbation,
+      tx,
+      weight=optax.join_schedules(ramps, ends[:-1]),
+      key=key,
+      prediction=losses.smoothed_xent(0.95) if name == 'grad' else losses.targeted_xent,
+      distance=distance,
+    )
+    if name == 'grad':
+      log_odds_at_08 = -1.3863  # log(0.2/0.8)
+      score = closest_map(clf, interpreter, key, max_log_odds=log_odds_at_08)
+      joint = track_best(joint, score, every=10, passes=interpreter.passes[0])
+    return staged((pgd(clf, perturbation, tx, key=key), warm), (joint, total))
+
+  return Recipe(linf_ball, schedule)
+
+
+def _authors_mask(warm: int, total: int) -> Recipe:
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    if not isinstance(interpreter.settings, MaskConfig):
+      raise InputError("preset 'authors' for MASK needs an interpreter from interpreters.mask(…)")
+    tx = optax.sign_sgd(AUTHORS_STEP)
+    first = pgd(clf, perturbation, tx, key=key, prediction=losses.margin)
+    turns = adv2_mask(clf, interpreter.settings, perturbation, key=key, halve_at=round(0.9 * total))
+    return staged((first, warm), (turns, total))
+
+  return Recipe(linf_ball, schedule)
+
+
+@functools.lru_cache
+def plain_pgd(preset: str, steps: int | None = None) -> Recipe:
+  """The baseline that attacks the classifier alone; delivers the iterate of lowest cross-entropy.
+
+  authors: 1200 sign steps of 1/255. fast: 50 steps as those of `fast`.
+  """
+  n = steps or (1200 if preset == 'authors' else 50)
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    del interpreter
+    tx = optax.sign_sgd(AUTHORS_STEP) if preset == 'authors' else _decaying_steps(n)
+    return staged((track_best(pgd(clf, perturbation, tx, key=key), lowest_loss), n))
+
+  return Recipe(linf_ball, schedule)
+
+
+def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformation:
+  return optimisers.sign_momentum(optax.cosine_decay_schedule(first, n, exponent=2), 0.6)
+
+
+@functools.lru_cache
+def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+  """Ours: sign momentum with cosine-decayed steps; what it keeps is chosen as it will be judged.
+
+  Both losses pull from the first step on. What binds differs between examples, so each has its own
+  λ = λ0 · exp(−l_prd), with l_prd = max(0, u + 4) and u = log((1 − p_t)/p_t): an image that is
+  surely taken for the target (p_t > 0.98) is moved for its map alone, one that is not gives the map
+  up until it is. The image is rounded to 8 bits inside the loop (gradients pass straight through),
+  so that the iterate kept is the very image delivered; a bit of confidence may be given up for a
+  closer map. There is no warm start, unless `steps_s1` asks for so many sign steps of 1/255 on the
+  prediction alone.
+  """
+
+  def schedule(
+    clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
+  ) -> Schedule:
+    # Interpreters without settings of their own: as GRAD where the map must be made afresh.
+    settings = FAST.get(name, FAST['cam' if interpreter.exact else 'grad'])
+    n = settings.steps if steps_s2 is None else steps_s2
+    warm = pgd(clf, perturbation, optax.sign_sgd(AUTHORS_STEP), key=key)
+    attack = adv2(
+      clf,
+      interpreter,
+      perturbation,
+      _decaying_steps(n, settings.first_step),
+      weight=settings.weight,
+      key=key,
+      prediction=losses.hinged(losses.log_odds, -4.0),
+      balance=lambda l_prd: jnp.exp(-l_prd),
+      distance=losses.map_rms,
+    )
+    score = closest_map(clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02)
+    passes = 0 if interpreter.exact else interpreter.passes[0]
+    rare = interpreter.random and not interpreter.exact
+    every = settings.every * (2 if rare else 1)
+    best = track_best(attack, score, every=every, passes=passes)
+    return staged((warm, steps_s1 or 0), (best, n))
+
+  return Recipe(functools.partial(linf_ball, levels=255), schedule)
+
+
+class Fast(NamedTuple):
+  """Settings of `fast` for an interpreter.
+
+  Attributes:
+    steps: how many.
+    weight: λ0.
+    first_step: its length, before the decay.
+    every: how often the iterate is scored, where an inexact map is made afresh for that; half as
+      often where that map is random, as it takes a longer solution or an average.
+  """
+
+  steps: int
+  weight: float
+  first_step: float = 4 / 255
+  every: int = 1
+
+
+FAST = {
+  'cam': Fast(100, 300.0),
+  'grad': Fast(100, 100.0, first_step=3 / 255, every=5),
+  'mask': Fast(100, 30.0, every=10),
+}
+
+
+def by_name(
+  preset: str, name: str, steps_s1: int | None = None, steps_s2: int | None = None
+) -> Recipe:
+  """The recipe of that preset ('fast' or 'authors') for an interpreter's name."""
+  for flag, value in (('steps_s1', steps_s1), ('steps_s2', steps_s2)):
+    if value is not None and value < (0 if flag == 'steps_s1' else 1):
+      raise InputError(f'{flag} is {value}; expected a positive number of steps')
+  if preset == 'authors':
+    return authors(name, steps_s1, steps_s2)
+  if preset == 'fast':
+    return fast(name, steps_s1, steps_s2)
+  raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")

@@ -1,0 +1,1 @@
+"""Training: one loop, `fit`, and what each task brings to it."""

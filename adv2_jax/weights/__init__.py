@@ -1,0 +1,1 @@
+"""Weights: `files` reads and writes them, `zoo` knows what the tensors mean."""

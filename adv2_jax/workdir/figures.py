@@ -1,0 +1,227 @@
+"""The report's figures, as matplotlib `Figure`s without pyplot's global state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+from adv2_jax.workdir.store import NOT_PERTURBED
+
+# One colour per attack everywhere; told apart with the usual colour-vision deficiencies, and
+# readable on white and on black.
+COLOURS = {
+  'benign': '#2a9d6f',
+  'again': '#5fae8f',
+  'other': '#8b93a1',
+  'pgd': '#e0752d',
+  'adv2': '#3f7fe8',
+  'adv2_joint': '#a05fe0',
+}
+LABELS = {
+  'benign': 'benign',
+  'again': 'other random numbers',
+  'other': 'another image',
+  'pgd': 'PGD',
+  'adv2': 'ADV²',
+  'adv2_joint': 'ADV² (joint)',
+}
+INK = '#010203'  # all text and axes; the report turns it into the page's own text colour
+GRID = '#80808040'
+_STYLE: Any = {
+  'font.size': 10,
+  'font.family': ['DejaVu Sans'],
+  'axes.titlesize': 11,
+  'axes.titleweight': 'bold',
+  'axes.titlelocation': 'left',
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.edgecolor': INK,
+  'axes.labelcolor': INK,
+  'axes.titlecolor': INK,
+  'text.color': INK,
+  'xtick.color': INK,
+  'ytick.color': INK,
+  'axes.linewidth': 0.8,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': GRID,
+  'legend.frameon': False,
+  'svg.hashsalt': 'adv2',  # the same bytes every time
+}
+_LINES = ('-', '--', ':', '-.')
+
+
+def style() -> Any:
+  """The context in which the figures are made and saved."""
+  return matplotlib.rc_context(_STYLE)
+
+
+def colour(attack: str) -> str:
+  """The attack's colour; grey for one that is not known."""
+  return COLOURS.get(attack, '#8b93a1')
+
+
+def label(attack: str) -> str:
+  """The attack's name for people."""
+  return LABELS.get(attack, attack)
+
+
+class Panel(NamedTuple):
+  """One picture of a gallery: u8[H,W,3], what stands above it, and in which colour."""
+
+  image: np.ndarray
+  caption: str
+  attack: str = ''
+
+
+def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | None]]) -> Figure:
+  """Pictures side by side: one row per example, one column per kind of picture."""
+  # One axis in inches with all pictures in it: far quicker than an axis for each.
+  side, gap, caption, top = 1.5, 0.06, 0.2, 0.75
+  width, height = (side + gap) * len(columns) + gap, top + (side + caption) * len(rows) + gap
+  figure = Figure(figsize=(width, height), dpi=160)
+  axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+  axis.set_axis_off()
+  axis.text(gap, 0.2, title, fontsize=12, fontweight='bold', va='center')
+  for column, name in enumerate(columns):
+    x = gap + column * (side + gap)
+    axis.text(x, 0.57, name, fontsize=8.5, fontweight='bold', va='center')
+    for row, panels in enumerate(rows):
+      panel = panels[column]
+      if panel is None:
+        continue
+      y = top + row * (side + caption) + caption
+      axis.imshow(panel.image, extent=(x, x + side, y + side, y), interpolation='nearest')
+      ink = colour(panel.attack) if panel.attack else INK
+      axis.text(x, y - 0.03, panel.caption, fontsize=6.5, color=ink, va='bottom')
+  axis.set(xlim=(0, width), ylim=(height, 0))
+  return figure
+
+
+_CURVES = {
+  'success': ('Success rate', 'linear'),
+  'prediction': ('Prediction loss', 'log'),
+  'interpretation': ('Interpretation loss', 'log'),
+}
+
+FLOOR = 1e-3  # a hinged loss reaches 0, which a logarithmic axis cannot show
+
+
+def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
+  """Success and both losses over gradient evaluations.
+
+  Colour is the attack, line style the interpreter. A quantity that no run recorded is left out.
+  """
+  names = [n for n in _CURVES if any(_known(c.get(n, ())) for c in history.values())]
+  names = names or ['success']
+  interpreters = list(dict.fromkeys(key.partition('/')[2] for key in history))
+  figure = Figure(figsize=(max(5, 3.6 * len(names)), 3.7), dpi=140, layout='constrained')
+  axes = figure.subplots(1, len(names), squeeze=False)[0]
+  for axis, name in zip(axes, names, strict=False):
+    title, scale = _CURVES[name]
+    for key, curve in history.items():
+      attack, _, interpreter = key.partition('/')
+      floor = FLOOR if scale == 'log' else -np.inf
+      points = [
+        (s, max(v, floor))
+        for s, v in zip(curve['step'], curve.get(name, ()), strict=False)
+        # A warm-up, like plain PGD, has no interpretation loss.
+        if v is not None and (v > 0 or name != 'interpretation')
+      ]
+      if any(v > floor for _, v in points):
+        axis.plot(
+          *zip(*points, strict=True),
+          color=colour(attack),
+          linestyle=_LINES[interpreters.index(interpreter) % len(_LINES)],
+          linewidth=2,
+          label=f'{label(attack)} · {interpreter.upper()}',
+        )
+    axis.set_title(title)
+    axis.set_yscale(scale)
+    if scale == 'log':
+      low, high = axis.get_ylim()
+      subs = (1, 2, 5) if high < 50 * low else (1,)
+      axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+      axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+      axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_xlabel('gradient evaluations per example')
+    axis.set_xlim(left=0)
+    if name == 'success':
+      axis.set_ylim(-0.03, 1.03)
+  handles, labels = axes[0].get_legend_handles_labels()
+  if handles:
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)))
+  return figure
+
+
+def _known(values: Sequence[float | None]) -> bool:
+  return any(v is not None for v in values)
+
+
+def figure_of(row: Mapping[str, Any], field: str) -> Any:
+  """A figure of the table; of images nobody attacked over all of them, for want of successes."""
+  value = row.get(field)
+  if value is None and row['attack'] in NOT_PERTURBED:
+    return row.get(f'{field}_all')
+  return value
+
+
+def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """Map L1 and IoU to the target map per interpreter: another image, PGD, ADV² side by side."""
+  interpreters = list(dict.fromkeys(row['interpreter'] for row in rows))
+  attacks = [a for a in COLOURS if a != 'benign' and any(row['attack'] == a for row in rows)]
+  figure = Figure(figsize=(10, 3.6), dpi=140, layout='constrained')
+  panels = {'map_l1': 'Map L1 to the target map (lower: better hidden)', 'map_iou': 'Map IoU'}
+  panels['map_iou'] += ' with the target map (higher: better hidden)'
+  for axis, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    width = 0.8 / max(1, len(attacks))
+    for k, attack in enumerate(attacks):
+      heights = {r['interpreter']: figure_of(r, field) for r in rows if r['attack'] == attack}
+      for i, interpreter in enumerate(interpreters):
+        height = heights.get(interpreter)
+        if height is None:
+          continue
+        x = i + (k - (len(attacks) - 1) / 2) * width
+        axis.bar(x, height, width * 0.9, color=colour(attack))
+        axis.annotate(
+          f'{height:.{3 if field == "map_l1" else 2}f}'.lstrip('0'),
+          (x, height),
+          xytext=(0, 2),
+          textcoords='offset points',
+          ha='center',
+          fontsize=7.5,
+        )
+    axis.set_xticks(range(len(interpreters)), [name.upper() for name in interpreters])
+    axis.set_title(title)
+    axis.grid(False, axis='x')
+    axis.set_ylim(bottom=0)
+    axis.margins(y=0.12)
+  handles = [matplotlib.patches.Patch(color=colour(a), label=label(a)) for a in attacks]
+  if handles:
+    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles))
+  return figure
+
+
+def scatter(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+  """Each example's map L1 under PGD (across) and under ADV² (up), one panel per interpreter."""
+  figure = Figure(figsize=(max(5.0, 3.2 * len(pairs)), 3.5), dpi=140, layout='constrained')
+  axes = figure.subplots(1, max(1, len(pairs)), squeeze=False)[0]
+  for axis, (interpreter, points) in zip(axes, pairs.items(), strict=False):
+    across, up = np.array(points).T
+    top = 1.05 * max(across.max(), up.max(), 1e-3)
+    axis.plot([0, top], [0, top], color=INK, linewidth=0.8, linestyle=':')
+    axis.scatter(across, up, s=22, alpha=0.65, color=colour('adv2'), linewidths=0)
+    axis.set(xlim=(0, top), ylim=(0, top), aspect='equal')
+    axis.set_title(interpreter.upper())
+    axis.set_xlabel('map L1 under PGD')
+    below = float((up < across).mean())
+    note = f'ADV² closer to the target\nmap in {below:.0%} of all {len(points)}'
+    axis.text(0.04, 0.96, note, transform=axis.transAxes, va='top', fontsize=8)
+  axes[0].set_ylabel('map L1 under ADV²')
+  if not pairs:
+    axes[0].set_axis_off()
+  return figure
