@@ -1,11 +1,28 @@
 """Checks of what users hand in, before any work is done; each failure is one clear line."""
 
+import os
+import pathlib
+import re
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from adv2_jax.types import Image, InputError, Interpreter, Label, Map
+
+
+def user_path(path: str | os.PathLike) -> pathlib.Path:
+  """The path a user gave, '~' expanded; every path of a user goes through here."""
+  return pathlib.Path(path).expanduser()
+
+
+def whole_number(text: str) -> int | None:
+  """The number that a user wrote, such as '12' or '-1'; None where it is no whole number.
+
+  Digits are those of ASCII: `int` takes, and `str.isdigit` tells, far more than that.
+  """
+  text = text.strip()
+  return int(text) if re.fullmatch('[+-]?[0-9]+', text) else None
 
 
 def images(x: Any) -> Image:

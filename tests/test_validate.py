@@ -95,3 +95,18 @@ def test_bad_target_maps(maps, message):
 
 def test_good_target_maps_become_float32():
   assert validate.target_map(np.eye(3)[None], (1, 3, 3)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ('text', 'number'),
+  [('12', 12), (' 3 ', 3), ('-1', -1), ('+4', 4), ('007', 7)]
+  + [(text, None) for text in ('', '²', '--1', '1.0', '1_000', '٣', 'one', '- 1')],
+)
+def test_whole_number(text, number):
+  assert validate.whole_number(text) == number
+
+
+def test_user_path(monkeypatch):
+  monkeypatch.setenv('HOME', '/somewhere')
+  assert str(validate.user_path('~/x')) == '/somewhere/x'
+  assert str(validate.user_path('a/~b')) == 'a/~b'
