@@ -13,7 +13,7 @@ from adv2_jax.types import Image, InputError, Interpreter, Label, Map
 
 def user_path(path: str | os.PathLike) -> pathlib.Path:
   """The path a user gave, '~' expanded; every path of a user goes through here."""
-  return pathlib.Path(path).expanduser()
+  return pathlib.Path(os.path.expanduser(path))  # without a HOME, as it is
 
 
 def whole_number(text: str) -> int | None:
