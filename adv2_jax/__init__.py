@@ -19,6 +19,7 @@ from adv2_jax.attacks import optimisers, perturbations, presets
 from adv2_jax.attacks.loop import adv2, pgd, run, run_chunk, staged, track_best
 from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.overlay import overlay
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import (
@@ -26,7 +27,6 @@ from adv2_jax.types import (
   AttackState,
   Batch,
   InputError,
-  Interpreter,
   Outputs,
   Perturbation,
   Snapshot,

@@ -13,12 +13,12 @@ from adv2_jax import images, losses, metrics, validate
 from adv2_jax.attacks import presets
 from adv2_jax.attacks.loop import run_chunk, success
 from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import (
   Array,
   Batch,
   Image,
   InputError,
-  Interpreter,
   Key,
   Label,
   Map,

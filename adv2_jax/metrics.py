@@ -17,19 +17,10 @@ from jax import lax
 
 from adv2_jax.classifier import Classifier
 from adv2_jax.images import upsample
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.interpreters.masking import perturbed, usual
 from adv2_jax.losses import log_odds
-from adv2_jax.types import (
-  Array,
-  Image,
-  InputError,
-  Interpreter,
-  Key,
-  Label,
-  Map,
-  example_keys,
-  fold_keys,
-)
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map, example_keys, fold_keys
 
 MAP_FIELDS = (
   'map_l1',

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.types import Image, InputError, Interpreter, Label, Map
+from adv2_jax.types import Image, InputError, Label, Map
 
 
 def user_path(path: str | os.PathLike) -> pathlib.Path:
@@ -81,7 +81,7 @@ def targets_differ(target: Label, label: Label) -> None:
     )
 
 
-def explicable(values: Any, interpreter: Interpreter, what: str, ids: Any = None) -> None:
+def explicable(values: Any, interpreter: Any, what: str, ids: Any = None) -> None:
   """InputError where a class is none that the interpreter was trained for; ids name the images."""
   if interpreter.classes is None:
     return

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from adv2_jax import api, data, images, interpreters, metrics, nets, validate
 from adv2_jax.classifier import Classifier
-from adv2_jax.types import Array, Batch, InputError, Interpreter, Key, Map
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import Array, Batch, InputError, Key, Map
 from adv2_jax.weights import zoo
 from experiments import _flags, _targets
 

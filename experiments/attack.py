@@ -24,7 +24,8 @@ import tqdm
 
 from adv2_jax import api, images, metrics
 from adv2_jax.attacks import presets
-from adv2_jax.types import Array, InputError, Interpreter, Key, Map
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import Array, InputError, Key, Map
 from adv2_jax.workdir import report, store
 from adv2_jax.workdir.store import (
   Workdir,

@@ -19,7 +19,8 @@ import tqdm
 
 from adv2_jax import images, metrics
 from adv2_jax.classifier import Classifier
-from adv2_jax.types import Array, InputError, Interpreter
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import Array, InputError
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results, read_results
 from experiments import _flags, _judge, _setup

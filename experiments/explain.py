@@ -23,7 +23,8 @@ import tqdm
 
 from adv2_jax import images, metrics, overlay
 from adv2_jax.classifier import Classifier
-from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map
 from adv2_jax.weights import files as weight_files
 from adv2_jax.workdir import figures
 from adv2_jax.workdir.store import (

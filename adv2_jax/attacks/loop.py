@@ -28,13 +28,12 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.classifier import Classifier
-from adv2_jax.interpreters.base import no_map
+from adv2_jax.interpreters.base import Interpreter, no_map
 from adv2_jax.types import (
   Array,
   Attack,
   AttackState,
   Batch,
-  Interpreter,
   Key,
   MapDistance,
   Perturbation,

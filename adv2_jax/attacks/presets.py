@@ -18,12 +18,12 @@ from adv2_jax.attacks.loop import Score, adv2, pgd, staged, track_best
 from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.attacks.perturbations import linf_ball
 from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.interpreters.masking import MaskConfig
 from adv2_jax.types import (
   Array,
   Batch,
   InputError,
-  Interpreter,
   Key,
   Perturbation,
   Schedule,

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from adv2_jax.interpreters.base import avg_pool, from_map, min_max
+from adv2_jax.interpreters.base import Interpreter, avg_pool, from_map, min_max
 from adv2_jax.interpreters.cam import cam, grad_cam
 from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
 from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
@@ -12,7 +12,7 @@ from adv2_jax.interpreters.masking import SCENES as SCENES_MASK
 from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective, usual
 from adv2_jax.interpreters.masking import fast as fast_mask
 from adv2_jax.interpreters.rts import Decoder, rts
-from adv2_jax.types import InputError, Interpreter
+from adv2_jax.types import InputError
 
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
   'grad': grad,

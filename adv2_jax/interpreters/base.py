@@ -1,8 +1,9 @@
 """What interpreters share: building one from a function, normalising and pooling maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -11,16 +12,62 @@ from adv2_jax.types import (
   Carry,
   Image,
   InputError,
-  Interpreter,
   Key,
   Label,
   Map,
   PyTree,
   Unrolled,
+  example_keys,
 )
 
 # (params, clf, x, y, keys) -> (map [B,h,w], logits [B,K] or None)
 MapFn = Callable[[PyTree, Any, Image, Label, Key], tuple[Map, Array | None]]
+
+
+class Interpreter(flax.struct.PyTreeNode):
+  """An attribution method, as pure functions of its own params; `interpreters.from_map` builds one.
+
+  Attributes:
+    params: the interpreter's own weights (RTS: the decoder), () otherwise.
+    explain_fn: (params, clf, x, y, keys) -> Map. Honest: the real network, what an analyst sees.
+    unroll_fn: (params, clf, x, y, carry, keys) -> Unrolled, inside the attack: the same map made
+      differentiable in x (GRAD: through the smoothed ReLU derivative).
+    begin_fn: (params, clf, x, y, target_map, keys) -> Carry, before the first attack step; x are
+      the clean images.
+    name: short name, used in files and tables.
+    passes: network passes per example of one `explain`, and of one `unroll` with its gradient
+      (a forward pass counts 1, its backward pass 1 more).
+    begin_passes: those of `begin`.
+    exact: whether `unroll` gives the very map of `explain`, so that its value can be trusted when
+      the best iterate is chosen.
+    classes: those it can explain, where it was trained for some only; None: all.
+    random: whether its maps depend on the key.
+    settings: what it was built with, hashable, for recipes that need to know (MASK: `MaskConfig`).
+  """
+
+  params: PyTree
+  explain_fn: Callable[..., Map] = flax.struct.field(pytree_node=False)
+  unroll_fn: Callable[..., Unrolled] = flax.struct.field(pytree_node=False)
+  begin_fn: Callable[..., Carry] = flax.struct.field(pytree_node=False)
+  name: str = flax.struct.field(pytree_node=False, default='custom')
+  passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
+  begin_passes: int = flax.struct.field(pytree_node=False, default=0)
+  exact: bool = flax.struct.field(pytree_node=False, default=True)
+  classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+  random: bool = flax.struct.field(pytree_node=False, default=False)
+  settings: Hashable = flax.struct.field(pytree_node=False, default=None)
+
+  def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
+    """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""
+    return self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
+
+  def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
+    """The carry before the first attack step; x are the clean images."""
+    return self.begin_fn(self.params, clf, x, y, target_map, example_keys(key, len(x)))
+
+  def unroll(self, clf: Any, x: Image, y: Label, carry: Carry, key: Key) -> Unrolled:
+    """The maps of this attack step, differentiable in x."""
+    return self.unroll_fn(self.params, clf, x, y, carry, example_keys(key, len(x)))
 
 
 def from_map(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.interpreters.base import class_logit, from_map, min_max
-from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map, PyTree
+from adv2_jax.interpreters.base import Interpreter, class_logit, from_map, min_max
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree
 
 
 def _head_gradient(clf: Any, features: Array, y: Label) -> Array:

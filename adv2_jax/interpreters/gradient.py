@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from adv2_jax import losses
-from adv2_jax.interpreters.base import avg_pool, class_logit, from_map, input_gradient, min_max
+from adv2_jax.interpreters.base import (
+  Interpreter,
+  avg_pool,
+  class_logit,
+  from_map,
+  input_gradient,
+  min_max,
+)
 from adv2_jax.nets.activations import soft_relu
-from adv2_jax.types import Array, Image, InputError, Interpreter, Key, Label, Map, PyTree
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree
 
 Forward = Callable[[Image], Array]
 # (forward, x, y, keys) -> (map, logits)

@@ -20,19 +20,9 @@ import numpy as np
 import optax
 
 from adv2_jax import losses
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.nets.activations import soft_relu
-from adv2_jax.types import (
-  Array,
-  Image,
-  InputError,
-  Interpreter,
-  Key,
-  Label,
-  Map,
-  PyTree,
-  Unrolled,
-  fold_keys,
-)
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree, Unrolled, fold_keys
 
 
 class MaskConfig(NamedTuple):

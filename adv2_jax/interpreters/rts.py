@@ -7,19 +7,9 @@ from typing import Any
 import flax.struct
 
 from adv2_jax import losses
+from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.nets.saliency_unet import Saliency
-from adv2_jax.types import (
-  Array,
-  Carry,
-  Image,
-  InputError,
-  Interpreter,
-  Key,
-  Label,
-  Map,
-  PyTree,
-  Unrolled,
-)
+from adv2_jax.types import Array, Carry, Image, InputError, Key, Label, Map, PyTree, Unrolled
 
 
 class Decoder(flax.struct.PyTreeNode):

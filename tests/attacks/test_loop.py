@@ -13,8 +13,8 @@ from adv2_jax import interpreters, losses
 from adv2_jax.attacks import optimisers
 from adv2_jax.attacks.loop import adv2, never, pgd, run, run_chunk, staged, success, track_best
 from adv2_jax.attacks.perturbations import linf_ball
-from adv2_jax.interpreters.base import no_map
-from adv2_jax.types import Interpreter, Unrolled
+from adv2_jax.interpreters.base import Interpreter, no_map
+from adv2_jax.types import Unrolled
 
 CLF = tiny.classifier()
 X = tiny.images(4)

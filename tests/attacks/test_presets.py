@@ -11,7 +11,8 @@ import tiny
 from adv2_jax import api, interpreters, losses
 from adv2_jax.attacks import presets
 from adv2_jax.attacks.loop import run
-from adv2_jax.types import InputError, Interpreter, Snapshot, Terms, Unrolled, example_keys
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import InputError, Snapshot, Terms, Unrolled, example_keys
 
 CLF = tiny.linear_classifier(classes=2)
 X = tiny.images(3, size=4)
