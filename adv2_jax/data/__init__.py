@@ -11,6 +11,7 @@ from adv2_jax.data import scene_painter, sources
 from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError
+from adv2_jax.validate import user_path
 
 __all__ = ['NAMES', 'TFDS', 'Dataset', 'load', 'scenes']
 
@@ -53,6 +54,7 @@ def scenes(
     class_names=scene_painter.CLASS_NAMES,
     decode=lambda i: render(i)[0],
     describe=lambda i: f'scene {i} of {split}',
+    stamps=lambda: [f'{split} {seed} {n}'.encode()],
     mask_of=lambda i: render(i)[1],
     image_size=image_size,
     skip_corrupt=skip_corrupt,
@@ -62,7 +64,12 @@ def scenes(
 def _with_masks(dataset: Dataset, masks: str | pathlib.Path | None) -> Dataset:
   if masks is None:
     return dataset
-  return dataclasses.replace(dataset, mask_of=read_masks(masks, len(dataset)))
+  path = user_path(masks)
+  return dataclasses.replace(
+    dataset,
+    mask_of=read_masks(path, len(dataset)),
+    stamps=lambda: [*dataset.stamps(), path.read_bytes()],
+  )
 
 
 def load(

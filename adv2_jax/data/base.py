@@ -1,7 +1,10 @@
 """What a data set is here: labels up front, images decoded one by one when asked for."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -22,6 +25,8 @@ class Dataset:
     num_classes: labels are below it.
     decode: id -> u8[H,W,3] as stored.
     describe: id -> the example's name in messages, e.g. its file.
+    stamps: () -> bytes that change when an image as stored does; see `digest`.
+    file_of: id -> its file's name below the data path, where it has one.
     class_names: in label order, where known.
     image_size: side to resize and crop to; None keeps images as they are.
     mask_of: id -> bool[H,W] of the object in the image as stored, or as resized; None if unknown.
@@ -35,6 +40,8 @@ class Dataset:
   num_classes: int
   decode: Callable[[int], np.ndarray]
   describe: Callable[[int], str]
+  stamps: Callable[[], Iterable[bytes | memoryview]]
+  file_of: Callable[[int], str] | None = None
   class_names: tuple[str, ...] | None = None
   image_size: int | None = None
   mask_of: Callable[[int], np.ndarray | None] | None = None
@@ -56,6 +63,22 @@ class Dataset:
   def ids(self) -> np.ndarray:
     """The examples to use, i64[n] in order: all of the split, less those found damaged."""
     return np.setdiff1d(np.arange(len(self)), list(self.damaged | self.left_out))
+
+  def file(self, i: int) -> str:
+    """The name of example i's file below the data path; '' where it has none."""
+    return '' if self.file_of is None else self.file_of(int(i))
+
+  def digest(self) -> str:
+    """SHA-256, in hex, of what results depend on: images, masks, labels, split and image size.
+
+    Files of a folder of more than `CHECK_ALL_UP_TO` count by name, size and time (to the second).
+    """
+    fields = [self.name, self.image_size, self.num_classes, sorted(self.left_out)]
+    own = [json.dumps(fields).encode(), self.labels.tobytes()]
+    whole = hashlib.sha256()
+    for piece in itertools.chain(own, self.stamps()):
+      whole.update(hashlib.sha256(piece).digest())  # of one length: no piece runs into the next
+    return whole.hexdigest()
 
   def part(self, split: str) -> 'Dataset':
     """The part 'train' or 'held_out' of a set that has no splits of its own; ids stay as they are.

@@ -4,17 +4,20 @@ Each function returns a `Dataset` whose images are decoded when asked for. Whate
 with the files as a whole is found here; single images are checked by `Dataset.check`.
 """
 
+import contextlib
 import csv
 import io
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adv2_jax import images as image_lib
-from adv2_jax.data.base import Dataset
+from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.types import InputError
+from adv2_jax.validate import user_path
 
 Path = str | pathlib.Path | None
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
@@ -34,7 +37,7 @@ TFDS = {
 def _existing(data_path: Path, what: str) -> pathlib.Path:
   if data_path is None:
     raise InputError(f'--dataset {what} needs --data_path')
-  path = pathlib.Path(data_path)
+  path = user_path(data_path)
   if not path.exists():
     raise InputError(f'--data_path {path} does not exist')
   return path
@@ -108,7 +111,7 @@ def folder(data_path: Path, **options: Any) -> Dataset:
   else:
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
     found = [
-      (path, label)
+      (f'{name}/{path.name}', label)
       for label, name in enumerate(names)
       for path in sorted((root / name).iterdir())
       if path.suffix.lower() in IMAGE_SUFFIXES
@@ -117,21 +120,34 @@ def folder(data_path: Path, **options: Any) -> Dataset:
       raise InputError(
         f'folder {root} has no images: expected one sub-folder per class, or labels.csv'
       )
-    files, labels = [path for path, _ in found], [label for _, label in found]
+    files, labels = [file for file, _ in found], [label for _, label in found]
   array = np.array(labels, np.int64)
   num_classes, class_names = _classes(array, names)
+
+  def stamps() -> Iterator[bytes]:
+    for file in files:
+      yield os.fsencode(file)
+      with contextlib.suppress(OSError):  # `check` tells what cannot be read
+        if len(files) <= CHECK_ALL_UP_TO:
+          yield (root / file).read_bytes()
+        else:
+          stat = (root / file).stat()
+          yield b'%d %d' % (stat.st_size, stat.st_mtime)
+
   return Dataset(
     name='folder',
     labels=array,
     num_classes=num_classes,
     class_names=class_names,
-    decode=lambda i: image_lib.read_image(files[i]),
-    describe=lambda i: str(files[i]),
+    decode=lambda i: image_lib.read_image(root / files[i]),
+    describe=lambda i: str(root / files[i]),
+    stamps=stamps,
+    file_of=lambda i: files[i],
     **options,
   )
 
 
-def _read_labels_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+def _read_labels_csv(root: pathlib.Path) -> tuple[list[str], list[str]]:
   path = root / 'labels.csv'
   files, labels = [], []
   for line, row in read_csv(path, ('file', 'label')):
@@ -140,7 +156,7 @@ def _read_labels_csv(root: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]
       raise InputError(f'{path} line {line}: {image} does not exist')
     if not label:
       raise InputError(f'{path} line {line}: {image} has no label')
-    files.append(image)
+    files.append(row['file'])
     labels.append(label)
   if not files:
     raise InputError(f'{path} lists no images')
@@ -168,6 +184,7 @@ def npz(data_path: Path, **options: Any) -> Dataset:
     class_names=class_names,
     decode=lambda i: image[i],
     describe=lambda i: f'{i} of {path}',
+    stamps=lambda: [str(image.shape).encode(), np.ascontiguousarray(image).reshape(-1).data],
     **options,
   )
 
@@ -201,6 +218,7 @@ def packed(data_path: Path, label_key: str = LABEL_KEY, **options: Any) -> Datas
     class_names=class_names if label_key == LABEL_KEY else None,
     decode=decode,
     describe=lambda i: f'{i} of {path}',
+    stamps=lambda: [offsets.astype(np.int64).data, blob.data],
     **options,
   )
 
@@ -268,5 +286,6 @@ def prepared_tfds(
     class_names=names and tuple(names),
     decode=decode,
     describe=lambda i: f'{i} of {name} {split}',
+    stamps=lambda: [f'{builder_name} {builder.version} {split} {len(source)}'.encode()],
     **options,
   )

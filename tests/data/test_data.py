@@ -1,11 +1,14 @@
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 from conftest import shared_data
 
 from adv2_jax import data, images
+from adv2_jax.data import sources
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError
 from experiments.train import open_data
@@ -178,6 +181,62 @@ def test_unprepared_tfds_set_says_how_to_prepare_it(tmp_path):
   assert 'imagenette/full-size-v2' in str(error.value)
   assert str(tmp_path) in str(error.value)
   assert '\n' not in str(error.value)
+
+
+# --- what a data set is known by ------------------------------------------------------------------
+
+
+def relabel(folder):
+  (folder / 'bee' / '5.png').rename(folder / 'ant' / '5.png')
+
+
+@pytest.mark.parametrize('small', [True, False])
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda folder: (folder / 'ant' / '1.png').unlink(),
+    lambda folder: (folder / 'ant' / '1.png').rename(folder / 'ant' / '2.png'),
+    lambda folder: images.write_png(folder / 'ant' / '2.png', pictures(3)[2] ^ 1),
+    relabel,
+  ],
+)
+def test_the_digest_of_a_folder_tells_every_change(folder, tmp_path, monkeypatch, small, change):
+  """A deleted, renamed, replaced or relabelled image would mix two runs' results under --resume."""
+  monkeypatch.setattr(sources, 'CHECK_ALL_UP_TO', 1000 if small else 2)
+  before = data.load('folder', folder).digest()
+  copy = shutil.copytree(folder, tmp_path / 'elsewhere')
+  assert data.load('folder', copy).digest() == before
+  assert data.load('folder', folder, split='train').digest() != before
+  assert data.load('folder', folder, image_size=8).digest() != before
+  change(folder)
+  os.utime(folder / 'ant' / '2.png', (0, 0))
+  assert data.load('folder', folder).digest() != before
+
+
+def test_the_digests_of_arrays_masks_and_scenes(tmp_path):
+  image, label, mask = pictures(4), np.arange(4), np.ones((4, 12, 12), bool)
+
+  def npz(image, label, mask):
+    np.savez(tmp_path / 'm.npz', mask=mask)
+    path = write_npz(tmp_path / 'a.npz', image=image, label=label)
+    return data.load('npz', path, masks=tmp_path / 'm.npz').digest()
+
+  other = mask.copy()
+  other[0, 0] = False
+  found = [npz(image, label, mask), npz(image, label, mask), npz(image ^ 1, label, mask)]
+  found += [npz(image, label[::-1], mask), npz(image, label, other)]
+  found += [data.load('packed', write_packed(tmp_path / f'{n}.npz', n)).digest() for n in (4, 5)]
+  found += [data.scenes(*of).digest() for of in (('test', 9), ('test', 8), ('train', 9))]
+  found.append(data.scenes('test', 9, seed=1).digest())
+  assert len(set(found)) == len(found) - 1
+  assert found[0] == found[1]
+
+
+def test_a_set_names_its_files(folder, tmp_path):
+  assert data.load('folder', folder).file(3) == 'bee/3.png'
+  (folder / 'labels.csv').write_text('file,label\nant/2.png,0\n')
+  assert data.load('folder', folder).file(0) == 'ant/2.png'
+  assert data.load('npz', write_npz(tmp_path / 'a.npz')).file(0) == ''
 
 
 # --- masks ----------------------------------------------------------------------------------------
