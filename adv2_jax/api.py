@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,42 @@ class History(NamedTuple):
   passes: np.ndarray
   terms: Terms
   success: np.ndarray
+  gradient: np.ndarray  # the largest |gradient| of each example
+
+  def of(self, rows: Any) -> 'History':
+    """The same of some examples."""
+    cut = jax.tree.map(lambda v: v[:, rows], self[2:])
+    return History(self.evaluations, self.passes, *cut)
+
+  def gradients(self) -> tuple[np.ndarray, np.ndarray]:
+    """(zero whenever it was looked at, not finite at some time), bool[B] each."""
+    return (self.gradient == 0).all(0), ~np.isfinite(self.gradient).all(0)
+
+
+class Health(NamedTuple):
+  """Examples of which success and map figures mean nothing, bool[B] each."""
+
+  already_at_target: Any  # the clean image is taken for the target
+  zero_gradient: Any  # at all steps looked at: the image was never moved
+  nonfinite_gradient: Any  # from then on it was not moved
+  flat_map: Any  # the map of the image delivered is the same everywhere
+
+  def warn(self, stacklevel: int = 3) -> None:
+    """One warning for each that occurs, with the first images that it concerns."""
+    says = (
+      'taken for the target before the attack: nothing is attacked there; choose other targets',
+      'without a gradient, and so left as they were: avoid rounding, argmax and stop_gradient on '
+      'the way from x to the logits (adv2.check_classifier tells more)',
+      'with a gradient that is not finite, and so not moved any further: avoid sqrt, log and '
+      'division at 0 (adv2.check_classifier tells more)',
+      'with a map that is the same everywhere: it explains nothing, and map figures mean nothing',
+    )
+    for marked, text in zip(self, says, strict=True):
+      if (which := np.flatnonzero(np.asarray(marked))).size:
+        some = ', '.join(map(str, which[:8])) + (', …' if which.size > 8 else '')
+        warnings.warn(
+          f'{which.size} of {len(marked)} images ({some}) are {text}', stacklevel=stacklevel
+        )
 
 
 class AttackResult(NamedTuple):
@@ -50,6 +86,7 @@ class AttackResult(NamedTuple):
     success: bool[B].
     terms: cross-entropy of the target, MSE of the map to the target map, and their sum.
     history: losses and success over the steps.
+    health: examples of which the figures mean nothing.
   """
 
   x: Image
@@ -58,6 +95,18 @@ class AttackResult(NamedTuple):
   success: Array
   terms: Terms
   history: History
+  health: Health
+
+  def __repr__(self) -> str:
+    """In one line, without the pixels."""
+    n, *shape = self.x.shape
+    already = int(np.sum(self.health.already_at_target))
+    return (
+      f'AttackResult({n} images {"×".join(map(str, shape))}: {int(self.success.sum())} taken for '
+      f'their target{f", {already} of them before" * bool(already)}; map L2 '
+      f'{float(jnp.sqrt(self.terms.interpretation).mean()):.3f}; '
+      f'{int(self.history.evaluations[-1])} loss gradients each)'
+    )
 
 
 class _Fixed(NamedTuple):
@@ -84,7 +133,8 @@ def _init(recipe: Recipe, stage: int, fixed: _Fixed, delta: PyTree) -> PyTree:
 def _chunk(recipe: Recipe, stage: int, fixed: _Fixed, state: PyTree, n: int) -> tuple:
   attack, _ = _schedule(recipe, fixed)[stage]
   state, snapshot = run_chunk(attack, fixed.batch, state, n)
-  return state, (snapshot.terms, success(fixed.batch, snapshot), jnp.all(state.done))
+  seen = snapshot.terms, success(fixed.batch, snapshot), snapshot.gradient
+  return state, (seen, jnp.all(state.done))
 
 
 @functools.partial(jax.jit, static_argnames=('recipe', 'stage'))
@@ -124,12 +174,13 @@ def attack_batch(
     state, step = _init(recipe, stage, fixed, delta), 0
     while step < steps:
       n = min(every, steps - step)
-      state, (terms, hit, finished) = _chunk(recipe, stage, fixed, state, n)
+      state, (found, finished) = _chunk(recipe, stage, fixed, state, n)
       step += n
       evaluations = earlier + attack.evaluations(step)
-      seen.append((evaluations, passes + attack.passes(step), *jax.device_get((terms, hit))))
+      terms, hit, gradient = jax.device_get(found)
+      seen.append((evaluations, passes + attack.passes(step), terms, hit, gradient))
       if on_chunk:
-        on_chunk(evaluations, total, seen[-1][-1])
+        on_chunk(evaluations, total, hit)
       if finished:
         break
     delta = _result(recipe, stage, fixed, state)
@@ -169,12 +220,16 @@ def attack(
   target: Label,
   target_map: Map | None = None,
   label: Label | None = None,
-  epsilon: float = 0.031,
+  epsilon: float | Array = 0.031,
   preset: str | Recipe = 'fast',
   key: Key | None = None,
   steps: int | None = None,
+  pad_to: int | None = None,
 ) -> AttackResult:
   """Finds images near x that f takes for `target` and that g explains with `target_map`.
+
+  Warns of images that are taken for their target before anything is done, that have no gradient to
+  follow, or whose map is flat; `AttackResult.health` marks them.
 
   Args:
     clf: the classifier.
@@ -184,67 +239,90 @@ def attack(
     target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`. MASK under
       'fast' keeps the benign one whatever is given, and says so in a warning.
     label: i32[B], the true class; None: what the classifier predicts for x.
-    epsilon: L∞ radius, 0 < ε ≤ 1; the image delivered is rounded to 8 bits, and so up to
-      ε + 0.5/255 from an x that lies on that grid, ε + 1/255 from one that does not.
+    epsilon: L∞ radius, 0 < ε ≤ 1, one number or one per image, [B]; the image delivered is rounded
+      to 8 bits, and so up to ε + 0.5/255 from an x that lies on that grid, ε + 1/255 from one that
+      does not.
     preset: 'fast', 'authors', or a `presets.Recipe`.
-    key: random key; None: `jax.random.key(0)`.
+    key: random key, one, or one per image, [B], so that an image's numbers do not depend on its
+      place; None: `jax.random.key(0)`.
     steps: steps on the joint loss; None: the preset's.
+    pad_to: fill the batch up to so many rows, which change nothing, so that batches of all sizes up
+      to that share one compiled program; None: each size is compiled once.
 
   Raises:
     InputError: for input of wrong shape, range or type; the message says what to do.
   """
+  if validate.traced(clf, x, target, target_map, label, epsilon, key):
+    raise InputError(
+      'adv2.attack was called inside jax.jit, vmap or grad; it compiles by itself: call it outside '
+      'of them, or compose adv2.adv2 and adv2.run inside, as adv2_jax/attacks/loop.py shows'
+    )
   if not isinstance(interpreter, Interpreter):
     raise InputError(
-      f'interpreter is {interpreter!r}; expected an Interpreter, such as adv2.interpreters.cam()'
+      f'interpreter is {validate.kind(interpreter)}; expected an Interpreter, such as '
+      'adv2.interpreters.cam()'
     )
   x = validate.images(x)
-  if not 0 < epsilon <= 1:
-    raise InputError(f'epsilon is {epsilon}; expected 0 < epsilon ≤ 1, such as 0.031 (8/255)')
+  n = len(x)
+  radius = validate.epsilon(epsilon, n)
   key = jax.random.key(0) if key is None else key
-  keys = example_keys(key, len(x))
-  if key.ndim:
-    raise InputError(f'key has shape {key.shape}; expected one key, such as jax.random.key(0)')
+  keys = example_keys(key, n)
   if steps is not None and not isinstance(preset, str):
     raise InputError('steps goes with the name of a preset; a recipe has its own number of steps')
-  if steps is not None and steps < 1:
-    raise InputError(f'steps is {steps}; expected a positive number of steps')
-  # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
-  num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
-  map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape
-  target = validate.labels(target, len(x), num_classes, 'target')
-  label = (
-    jnp.argmax(_outputs(clf, x).logits, axis=-1).astype(jnp.int32)
-    if label is None
-    else validate.labels(label, len(x), num_classes, 'label')
-  )
-  validate.targets_differ(target, label)
-  validate.explicable(target, interpreter, 'target')
-  if interpreter.name == 'mask' and preset == 'fast':
-    seen = jnp.argmax(_outputs(clf, x).logits, axis=-1)
-    if target_map is None and (other := np.flatnonzero(np.asarray(seen != label))).size:
-      warnings.warn(
-        "MASK under preset 'fast' keeps the map of the class predicted for x: for image "
-        f'{other[0]} that is {int(seen[other[0]])}, not its label {int(label[other[0]])}',
-        stacklevel=2,
-      )
-  if target_map is None:
-    validate.explicable(label, interpreter, 'label')
-    target_map = explain(clf, interpreter, x, label, keys)
-  elif interpreter.name == 'mask' and preset == 'fast':
-    warnings.warn(
-      "MASK under preset 'fast' keeps the benign map; the target_map given is not aimed at: take "
-      "preset 'authors' for that",
-      stacklevel=2,
-    )
-  target_map = validate.target_map(target_map, map_shape)
+  for name, number, least in (('steps', steps, 1), ('pad_to', pad_to, n)):
+    if number is not None:
+      validate.at_least(number, least, name)
   recipe: Recipe = (
     presets.by_name(preset, interpreter.name, steps_s2=steps) if isinstance(preset, str) else preset
   )
-  ids = jnp.arange(len(x), dtype=jnp.int32)
-  batch = Batch(ids, x, target, target_map, jnp.ones(len(x), bool))
-  x8, history = attack_batch(recipe, clf, interpreter, batch, epsilon, key)
-  logits, maps, hit, terms = _judge(clf, interpreter, batch, x8, keys)
-  return AttackResult(x8, logits, maps, hit, terms, history)
+  # Filled up by the first rows again; all that is jitted below sees one shape.
+  rows = np.resize(np.arange(n), pad_to or n)
+  x, keys = x[rows], keys[rows]
+  # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
+  num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
+  map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape
+  target = validate.labels(target, n, num_classes, 'target')[rows]
+  label = None if label is None else validate.labels(label, n, num_classes, 'label')[rows]
+  validate.explicable(target, interpreter, 'target')
+  if target_map is not None:
+    target_map = validate.target_map(target_map, (n, *map_shape[1:]))[rows]
+  seen = jnp.argmax(_outputs(clf, x).logits, axis=-1).astype(jnp.int32)
+  label = seen if label is None else label
+  validate.targets_differ(target, label)
+  if target_map is None:
+    validate.explicable(label, interpreter, 'label')
+  if interpreter.name == 'mask' and preset == 'fast':
+    _warn_of_other_maps(target_map, label, seen)
+  if target_map is None:
+    target_map = explain(clf, interpreter, x, label, keys)
+  ids = jnp.arange(len(rows), dtype=jnp.int32)
+  batch = Batch(ids, x, target, target_map, ids < n)
+  if radius.ndim:
+    radius = radius[rows]
+  x8, history = attack_batch(recipe, clf, interpreter, batch, radius, key if not key.ndim else keys)
+  delivered = (x8, *_judge(clf, interpreter, batch, x8, keys))
+  x8, logits, maps, hit, terms = jax.tree.map(lambda v: v[:n], delivered)
+  history = history.of(slice(n))
+  health = Health(seen[:n] == target[:n], *history.gradients(), metrics.flat(maps))
+  health.warn()
+  return AttackResult(x8, logits, maps, hit, terms, history, health)
+
+
+def _warn_of_other_maps(target_map: Map | None, label: Label, seen: Label) -> None:
+  """MASK under 'fast' keeps the map of the class predicted for the clean image, and no other."""
+  other = np.flatnonzero(np.asarray(seen != label))
+  if target_map is not None:
+    warnings.warn(
+      "MASK under preset 'fast' keeps the benign map; the target_map given is not aimed at: take "
+      "preset 'authors' for that",
+      stacklevel=3,
+    )
+  elif other.size:
+    warnings.warn(
+      "MASK under preset 'fast' keeps the map of the class predicted for x: for image "
+      f'{other[0]} that is {int(seen[other[0]])}, not its label {int(label[other[0]])}',
+      stacklevel=3,
+    )
 
 
 def _zeros(x: Image) -> Label:

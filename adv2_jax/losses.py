@@ -1,4 +1,7 @@
-"""Prediction losses and map distances, per example [B]; small is good for the attacker."""
+"""Prediction losses and map distances, f32[B]; small is good for the attacker.
+
+Computed in float32 whatever the logits' and maps' own type: 1e-10 is 0 in half precision.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ from adv2_jax.types import Array, Label, Map, PredictionLoss
 
 def _others(logits: Array, target: Label) -> tuple[Array, Array]:
   """(logits with the target's own set to −inf, the target's logit [B])."""
+  logits = logits.astype(jnp.float32)  # whatever the net computes in
   is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
   z_t = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
   return jnp.where(is_target, -jnp.inf, logits), z_t
@@ -42,20 +46,24 @@ def smoothed_xent(confidence: float = 0.95) -> PredictionLoss:
   def loss(logits: Array, target: Label) -> Array:
     k = logits.shape[-1]
     rest = (1 - confidence) / (k - 1)
-    labels = rest + (confidence - rest) * jax.nn.one_hot(target, k, dtype=logits.dtype)
-    return optax.losses.softmax_cross_entropy(logits, labels)
+    labels = rest + (confidence - rest) * jax.nn.one_hot(target, k, dtype=jnp.float32)
+    return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), labels)
 
   return loss
 
 
+def _squares(maps: Map, target_map: Map) -> Array:
+  return jnp.square(maps.astype(jnp.float32) - target_map.astype(jnp.float32))
+
+
 def map_mse(maps: Map, target_map: Map) -> Array:
   """Mean over cells of (m − m_t)², [B]. The authors' form for CAM and RTS."""
-  return jnp.mean(jnp.square(maps - target_map), axis=(-2, -1))
+  return jnp.mean(_squares(maps, target_map), axis=(-2, -1))
 
 
 def map_sse(maps: Map, target_map: Map) -> Array:
   """Sum over cells of (m − m_t)², [B]. The authors' form for GRAD."""
-  return jnp.sum(jnp.square(maps - target_map), axis=(-2, -1))
+  return jnp.sum(_squares(maps, target_map), axis=(-2, -1))
 
 
 def map_rms(maps: Map, target_map: Map) -> Array:

@@ -20,7 +20,18 @@ from adv2_jax.images import upsample
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.interpreters.masking import perturbed, usual
 from adv2_jax.losses import log_odds
-from adv2_jax.types import Array, Image, InputError, Key, Label, Map, example_keys, fold_keys
+from adv2_jax.types import (
+  AGAIN_STREAM,
+  JUDGE_STREAM,
+  Array,
+  Image,
+  InputError,
+  Key,
+  Label,
+  Map,
+  example_keys,
+  fold_keys,
+)
 
 MAP_FIELDS = (
   'map_l1',
@@ -245,8 +256,8 @@ def faithfulness(clf: Classifier, x: Image, y: Label, maps: Map, key: Key) -> di
     return jax.nn.sigmoid(-log_odds(clf(perturbed(x, m, config)).logits, y))
 
   def elsewhere(m: Array, k: Key) -> Array:
-    low, high = (jnp.array(m.shape) * part // 4 for part in (1, 3))
-    return jnp.roll(m, jax.random.randint(k, (2,), low, high + 1), (0, 1))
+    low, high = (jnp.array(m.shape, jnp.int32) * part // 4 for part in (1, 3))
+    return jnp.roll(m, jax.random.randint(k, (2,), low, high + 1, jnp.int32), (0, 1))
 
   keys = fold_keys(example_keys(key, len(x)), 1)
   rolled = jax.vmap(elsewhere)(maps, keys)
@@ -259,6 +270,11 @@ def faithfulness(clf: Classifier, x: Image, y: Label, maps: Map, key: Key) -> di
 
 
 # Prediction and perturbation.
+
+
+def flat(maps: Map) -> Array:
+  """bool[B]: the map is the same everywhere, so that it explains nothing and compares well."""
+  return maps.max((1, 2)) - maps.min((1, 2)) <= 1e-6
 
 
 def success(logits: Array, target: Label) -> Array:
@@ -284,14 +300,15 @@ def l2(x8: Image, x0: Image) -> Array:
   return jnp.sqrt(jnp.square(x8 - x0).sum((1, 2, 3)))
 
 
-def out_of_set(x8: Image, x0: Image, epsilon: float) -> Array:
+def out_of_set(x8: Image, x0: Image, epsilon: float | Array) -> Array:
   """bool[B]: any |x8 − x0| above ε + 0.5/255 (rounding to 8 bits), or a pixel outside [0,1].
 
-  A pixel that is not a number is outside. 1e-6 is allowed for float32. Frameworks without an L∞
-  bound give ε = inf.
+  A pixel that is not a number is outside. 1e-6 is allowed for float32. ε is one number, or one per
+  example, [B]; frameworks without an L∞ bound give inf.
   """
   _check_pair(x8, x0, 'images', 4)
-  near = jnp.abs(x8 - x0) <= epsilon + 0.5 / 255 + 1e-6
+  allowed = jnp.reshape(jnp.float32(epsilon), (-1, 1, 1, 1)) + 0.5 / 255 + 1e-6
+  near = jnp.abs(x8 - x0) <= allowed
   return ~(near & (x8 >= 0) & (x8 <= 1)).all((1, 2, 3))
 
 
@@ -303,7 +320,7 @@ def judge_keys(seed: int, ids: Array | np.ndarray, again: bool = False) -> Key:
 
   `again`: another one, to see how far a map depends on it.
   """
-  base = jax.random.fold_in(jax.random.key(seed), 2 if again else 1)
+  base = jax.random.fold_in(jax.random.key(seed), AGAIN_STREAM if again else JUDGE_STREAM)
   return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(ids))
 
 
@@ -316,7 +333,7 @@ def score(
   clean_maps: Array,
   maps: Array,
   *,
-  epsilon: float,
+  epsilon: float | Array,
   attacked: bool | Array = True,
   mask: Array | None = None,
 ) -> dict[str, Array]:
@@ -336,12 +353,13 @@ def score(
     mask: bool[B,H,W], the true object, for the localisation fields.
 
   Returns:
-    {field: [B]}. Fields: prediction, confidence, success, the map fields, linf, l2, out_of_set and
-    nonfinite. nonfinite marks a logit, pixel or map value that is not a number or infinite; such an
-    example is never a success.
+    {field: [B]}. Fields: prediction, confidence, success, the map fields, linf, l2, out_of_set,
+    flat_map and nonfinite. nonfinite marks a logit, pixel or map value that is not a number or
+    infinite; such an example is never a success.
   """
+  target_map, clean_maps, maps = (v.astype(jnp.float32) for v in (target_map, clean_maps, maps))
   fresh = jnp.where(attacked, maps[1], maps[0])
-  logits = clf(x8).logits
+  logits = clf(x8).logits.astype(jnp.float32)
   nonfinite = ~(
     jnp.isfinite(logits).all(-1) & jnp.isfinite(x8).all((1, 2, 3)) & jnp.isfinite(fresh).all((1, 2))
   )
@@ -359,6 +377,7 @@ def score(
     'linf': linf(x8, x0),
     'l2': l2(x8, x0),
     'out_of_set': out_of_set(x8, x0, epsilon),
+    'flat_map': flat(fresh),
     'nonfinite': nonfinite,
   }
   if mask is not None:

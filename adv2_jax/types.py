@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 PyTree = Any
@@ -114,6 +116,7 @@ class Snapshot(NamedTuple):
   x: Image
   terms: Terms
   logits: Array
+  gradient: Array  # f32[B], the largest |gradient|: 0 moves nothing, NaN ends the example's attack
 
 
 class Attack(NamedTuple):
@@ -125,6 +128,7 @@ class Attack(NamedTuple):
     result: (batch, state) -> delta, what the attack delivers after its last step.
     passes: n -> network passes per example of the first n steps; for the accounts.
     result_passes: those of `result`.
+    look_passes: those of a step whose gradient nobody uses.
     evaluations: n -> gradients of a loss by the image in the first n steps; for the accounts.
   """
 
@@ -133,6 +137,7 @@ class Attack(NamedTuple):
   result: Callable[[Batch, Any], PyTree]
   passes: Callable[[int], int] = lambda n: 2 * n
   result_passes: int = 0
+  look_passes: int = 1
   evaluations: Callable[[int], int] = lambda n: n
 
 
@@ -163,15 +168,25 @@ def example_keys(key: Key, n: int) -> Key:
     raise InputError(f'key has shape {key.shape}; expected one key, or one per example, ({n},)')
   if key.ndim:
     return key
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jax.numpy.arange(n))
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n, dtype=jnp.int32))
+
+
+# Streams of random numbers. One of these, beyond any id or step, is folded into a key first: so no
+# key of one stream is a key of another, whatever ids and steps follow.
+ATTACK_STREAM, JUDGE_STREAM, AGAIN_STREAM = (np.uint32(2**31 + n) for n in range(3))
 
 
 def step_keys(key: Key, example_id: Array, step: int | Array) -> Key:
-  """An example's key at an attack step, [B]; its place in the batch does not matter."""
-  fold = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step)  # noqa: E731
-  return jax.vmap(fold)(example_id)
+  """An example's key at an attack step, [B]; its place in the batch does not matter.
+
+  From one key: fold(fold(fold(key, stream), id), step). Keys [B] are the examples' own already.
+  """
+  if key.ndim:
+    return fold_keys(fold_keys(key, ATTACK_STREAM), step)
+  base = jax.random.fold_in(key, ATTACK_STREAM)
+  return fold_keys(jax.vmap(lambda i: jax.random.fold_in(base, i))(example_id), step)
 
 
-def fold_keys(keys: Key, i: int | Array) -> Key:
+def fold_keys(keys: Key, i: int | np.uint32 | Array) -> Key:
   """i folded into each of the keys [B]."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, i)

@@ -1,14 +1,18 @@
 """Checks of what users hand in, before any work is done; each failure is one clear line."""
 
+import numbers
 import os
 import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.types import Image, InputError, Label, Map
+from adv2_jax.types import Array, Image, InputError, Label, Map
+
+ROUNDING = 1e-6  # how far beyond [0,1] a resized or decoded image may be
 
 
 def user_path(path: str | os.PathLike) -> pathlib.Path:
@@ -23,6 +27,11 @@ def whole_number(text: str) -> int | None:
   """
   text = text.strip()
   return int(text) if re.fullmatch('[+-]?[0-9]+', text) else None
+
+
+def traced(*values: Any) -> bool:
+  """Whether one of the arrays is a tracer, whose values cannot be looked at."""
+  return any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(values))
 
 
 def images(x: Any) -> Image:
@@ -46,16 +55,52 @@ def images(x: Any) -> Image:
   bad = ~np.isfinite(x).all(axis=(1, 2, 3))
   if bad.any():
     raise InputError(f'image {int(np.argmax(bad))} has NaN or infinite pixels; expected [0,1]')
-  if x.min() < 0 or x.max() > 1:
+  if x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
     raise InputError(
-      f'images range over [{x.min():g}, {x.max():g}]; expected [0,1]: divide 0…255 images by 255, '
-      'and leave normalisation to the classifier'
+      f'images range over [{x.min():.7g}, {x.max():.7g}]; expected [0,1]: divide 0…255 images by '
+      '255, and leave normalisation to the classifier'
     )
-  return jnp.asarray(x, jnp.float32)
+  return jnp.asarray(np.clip(x, 0, 1), jnp.float32)
+
+
+def kind(value: Any) -> str:
+  """What a value is, in a word or two: never its content."""
+  name = getattr(value, '__name__', None)
+  what = type(value).__name__
+  return f'the {what} {name}' if name else repr(value) if isinstance(value, str) else f'a {what}'
+
+
+def at_least(value: Any, least: int, what: str) -> None:
+  """InputError unless the value is a whole number from `least` on."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+    raise InputError(f'{what} is {value!r}; expected a whole number, {least} or more')
+
+
+def epsilon(value: Any, n: int) -> Array:
+  """ε as f32[] or, where each image has its own, f32[n]; or InputError."""
+  try:
+    radius = np.asarray(value, np.float32)
+    if isinstance(value, str) or radius.shape not in ((), (n,)):
+      raise ValueError
+  except (TypeError, ValueError):
+    shape = getattr(value, 'shape', None)
+    given = repr(value) if shape is None else f'an array of shape {tuple(shape)}'
+    raise InputError(
+      f'epsilon is {given}; expected a number such as 8 / 255, or one per image, [{n}]'
+    ) from None
+  if not ((radius > 0) & (radius <= 1)).all():
+    wrong = radius[~((radius > 0) & (radius <= 1))].flat[0]
+    raise InputError(
+      f'epsilon is {value if radius.ndim == 0 else wrong}; expected 0 < epsilon ≤ 1, such as 0.031 '
+      '(8/255)'
+    )
+  return jnp.asarray(radius)
 
 
 def labels(values: Any, n: int, num_classes: int, what: str) -> Label:
   """Classes as i32[n] in [0, num_classes), or InputError."""
+  if values is None:
+    raise InputError(f'{what} is None; expected integers, one class per image')
   values = np.asarray(values)
   if not np.issubdtype(values.dtype, np.integer):
     raise InputError(f'{what} is {values.dtype}; expected integers, one class per image')

@@ -20,6 +20,7 @@ X = tiny.images(3)
 LABEL = jnp.argmax(tiny.outputs(CLF, X).logits, -1)
 TARGET = jnp.argsort(tiny.outputs(CLF, X).logits)[:, -2]  # the runner-up
 KEY = jax.random.key(0)
+INPUT = adv2.interpreters.input_x_gradient(pool=4)
 
 
 def test_the_call_of_the_front_page():
@@ -111,6 +112,60 @@ def test_a_second_call_traces_nothing():
   assert len(traces) == once > 0
 
 
+def test_padded_batches_of_several_sizes_share_one_program():
+  """And deliver the same as without padding; so do epsilons and keys of each image."""
+  clf, traces = tiny.counted(CLF)
+  keys = jax.random.split(KEY, 3)
+  options = {'steps': 12, 'epsilon': [0.01, 0.03, 0.1], 'key': keys}
+  padded = adv2.attack(clf, CAM, X, target=TARGET, pad_to=4, **options)
+  once = len(traces)
+  options |= {'epsilon': [0.01, 0.03], 'key': keys[:2]}
+  fewer = adv2.attack(clf, CAM, X[:2], target=TARGET[:2], pad_to=4, **options)
+  assert len(traces) == once > 0
+  assert padded.history.success.shape == (2, 3)
+  np.testing.assert_array_equal(padded.x[:2], fewer.x)
+  moved = np.abs(padded.x - X).max((1, 2, 3))
+  assert (moved <= np.array([0.01, 0.03, 0.1]) + 0.5 / 255 + 1e-6).all()
+  assert moved[2] > 0.05
+
+
+def test_what_makes_figures_meaningless_is_said_and_marked():
+  """A net without a gradient, one whose gradient is not finite, targets that are there already."""
+  w = jnp.asarray(np.random.RandomState(0).randn(tiny.SIZE**2 * 3, 5), jnp.float32)
+  head = lambda w, a: a.reshape(len(a), -1) @ w  # noqa: E731
+
+  def attacked(see, target):
+    apply = lambda w, x: (head(w, see(x)), {'features': see(x)})  # noqa: E731
+    clf = adv2.from_fn(w, apply, head, apply)
+    label = (target + 1) % 5
+    return adv2.attack(clf, INPUT, X, target=target, label=label, steps=2, pad_to=4).health
+
+  seen = jnp.argmax(head(w, X), -1)
+  with pytest.warns(UserWarning, match='of 3 images') as said:
+    health = attacked(lambda x: jnp.round(x * 255) / 255, seen.at[1].set((seen[1] + 1) % 5))
+  np.testing.assert_array_equal(health.already_at_target, [True, False, True])
+  assert health.zero_gradient.all()
+  assert health.flat_map.all()
+  assert not health.nonfinite_gradient.any()
+  counts = [str(w.message).partition(' are')[0] for w in said]
+  assert counts == ['2 of 3 images (0, 2)', *['3 of 3 images (0, 1, 2)'] * 2]
+  with pytest.warns(UserWarning, match='gradient that is not finite'):
+    health = attacked(lambda x: jnp.sqrt(x), (seen + 1) % 5)  # X has black pixels
+  assert health.nonfinite_gradient.all()
+  assert not health.zero_gradient.any()
+
+
+def test_it_is_not_for_traces():
+  with pytest.raises(InputError, match=r'inside jax\.jit, vmap'):
+    jax.jit(lambda x: adv2.attack(CLF, CAM, x, target=TARGET).x)(X)
+
+
+def test_the_result_prints_in_one_line():
+  result = adv2.attack(CLF, CAM, X, target=TARGET, steps=12, key=KEY)
+  assert repr(result).startswith('AttackResult(3 images 16×16×3: ')
+  assert len(repr(result)) < 200
+
+
 def test_keys_decide_the_noise_and_the_default_is_fixed():
 
   def noise(params, clf, x, y, keys):
@@ -149,14 +204,24 @@ def test_keys_decide_the_noise_and_the_default_is_fixed():
     ({'epsilon': float('nan')}, 'epsilon is nan'),
     ({'epsilon': 8}, 'epsilon is 8; expected 0 < epsilon ≤ 1, such as 0.031'),
     ({'preset': 'quick'}, "preset 'quick' is unknown; expected 'fast' or 'authors'"),
-    ({'steps': 0}, '^steps is 0; expected a positive number of steps'),
+    ({'steps': 0}, '^steps is 0; expected a whole number, 1 or more'),
+    ({'steps': 2.0}, r'^steps is 2\.0; expected a whole number'),
+    ({'pad_to': 2}, '^pad_to is 2; expected a whole number, 3 or more'),
+    (
+      {'epsilon': '8/255'},
+      "epsilon is '8/255'; expected a number such as 8 / 255, or one per image",
+    ),
+    ({'epsilon': None}, 'epsilon is None; expected 0 < epsilon'),
+    ({'epsilon': [0.1, 0.2]}, r'expected a number such as 8 / 255, or one per image, \[3\]'),
+    ({'epsilon': np.array([0.1, 0.2, 2.0])}, 'epsilon is 2.0; expected 0 < epsilon'),
+    ({'target': None}, 'target is None; expected integers'),
     ({'preset': presets.plain_pgd('fast', 3), 'steps': 5}, 'a recipe has its own number of steps'),
     ({'key': 0}, r'typed key such as jax\.random\.key\(0\)'),
     ({'key': jax.random.PRNGKey(0)}, 'typed key'),
-    ({'key': jax.random.split(KEY, 3)}, 'expected one key'),
     ({'key': jax.random.split(KEY, 5)}, r'key has shape \(5,\)'),
     ({'interpreter': 'cam'}, r"interpreter is 'cam'; expected an Interpreter, such as"),
-    ({'interpreter': adv2.interpreters.cam}, 'expected an Interpreter'),
+    ({'interpreter': adv2.interpreters.cam}, 'is the function cam; expected an Interpreter'),
+    ({'interpreter': [CAM]}, 'interpreter is a list; expected an Interpreter'),
     ({'interpreter': adv2.interpreters.grad(pool=32)}, 'pool is 32; expected 1 to 16'),
     ({'clf': tiny.classifier(pools=False)}, r'interpreters\.grad_cam'),
   ],
@@ -183,5 +248,13 @@ def test_public_names_are_there():
   """Those that users' scripts call."""
   for name in NAMES:
     assert callable(functools.reduce(getattr, name.split('.'), adv2)), name
-  assert adv2.AttackResult._fields == ('x', 'logits', 'maps', 'success', 'terms', 'history')
+  assert adv2.AttackResult._fields == (
+    'x',
+    'logits',
+    'maps',
+    'success',
+    'terms',
+    'history',
+    'health',
+  )
   assert adv2.Outputs._fields == ('logits', 'taps')

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adv2_jax import classifier, images, metrics, types
+from adv2_jax.interpreters.base import Interpreter
 
 # Values on a coarse grid give ties, which is where ranks and quantiles go wrong.
 GRID = st.integers(0, 8).map(lambda i: i / 8)
@@ -228,11 +229,24 @@ def test_success_and_confidence():
   np.testing.assert_allclose(metrics.confidence(logits, target)[:2], expected, rtol=1e-6)
 
 
+def test_flat_maps_are_those_without_contrast():
+  maps = np.zeros((3, 4, 4), np.float32)
+  maps[1] += 0.5
+  maps[2, 0, 0] = 1e-3
+  np.testing.assert_array_equal(metrics.flat(jnp.asarray(maps)), [True, True, False])
+
+
 def test_norms_are_numpys():
   x8, x0 = pair(5, (3, 6, 5, 3))
   d = (x8 - x0).reshape(3, -1).astype(np.float64)
   np.testing.assert_allclose(metrics.linf(x8, x0), np.abs(d).max(1), rtol=1e-6)
   np.testing.assert_allclose(metrics.l2(x8, x0), np.linalg.norm(d, axis=1), rtol=1e-6)
+
+
+def test_each_example_may_have_its_own_epsilon():
+  x0 = jnp.full((2, 1, 1, 3), 0.5)
+  outside = metrics.out_of_set(x0 + 0.05, x0, jnp.array([0.06, 0.03]))
+  np.testing.assert_array_equal(outside, [False, True])
 
 
 @pytest.mark.parametrize('epsilon', [0.031, 4 / 255, 8 / 255])
@@ -281,7 +295,7 @@ def cam_like():
     jitter = jax.vmap(lambda k: jax.random.uniform(k, ()))(key)
     return (m - low) / (high - low) * (0.9 + 0.1 * jitter.reshape(-1, 1, 1))
 
-  return types.Interpreter((), explain, unroll_fn=lambda *_: None, begin_fn=lambda *_: ())
+  return Interpreter((), explain, unroll_fn=lambda *_: None, begin_fn=lambda *_: ())
 
 
 @pytest.fixture(scope='module')

@@ -47,6 +47,8 @@ def test_good_images_become_float32():
   assert validate.images(GOOD[..., :1]).shape == (2, 4, 5, 1)
   validate.images(with_pixel(0.0))
   validate.images(with_pixel(1.0))
+  rounded = validate.images(with_pixel(np.nextafter(np.float32(1), np.float32(2))))
+  assert float(rounded.max()) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -109,20 +109,23 @@ def adv2(
     penalty = perturbation.penalty(delta)
     lam = schedule(state.step) * balance(jax.lax.stop_gradient(l_prd))
     total = l_prd + lam * l_int + seen.extra + penalty
-    snapshot = Snapshot(state.step, x, Terms(total, l_prd, l_int, penalty), logits)
-    return jnp.sum(total), (snapshot, seen.carry)  # a sum: each example gets its own gradient
+    terms = Terms(total, l_prd, l_int, penalty)
+    return jnp.sum(total), (x, terms, logits, seen.carry)  # a sum: each has its own gradient
 
   def step(batch: Batch, state: AttackState) -> tuple[AttackState, Snapshot]:
-    grads, (snapshot, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
+    grads, (x, terms, logits, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
+    snapshot = Snapshot(state.step, x, terms, logits, largest(grads))
     updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
     delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
-    done = state.done | stop(batch, snapshot) | ~finite(grads)  # a NaN would never leave again
+    # A NaN would never leave again.
+    done = state.done | stop(batch, snapshot) | ~jnp.isfinite(snapshot.gradient)
     held = (state.delta, state.opt_state, state.carry)
     delta, opt_state, carry = where(done, held, (delta, opt_state, carry))
     return AttackState(delta, opt_state, carry, done, state.step + 1), snapshot
 
-  spent = lambda n: interpreter.begin_passes + n * interpreter.passes[1]  # noqa: E731
-  return Attack(init, step, lambda _, state: state.delta, spent)
+  _, with_gradient, alone = interpreter.passes
+  spent = lambda n: interpreter.begin_passes + n * with_gradient  # noqa: E731
+  return Attack(init, step, lambda _, state: state.delta, spent, look_passes=alone)
 
 
 def pgd(
@@ -187,8 +190,8 @@ def track_best(attack: Attack, score: Score, *, every: int = 1, passes: int = 0)
     return keep(batch, state, snapshot)[0]
 
   spent = lambda n: attack.passes(n) + n // every * passes  # noqa: E731
-  forward = (attack.passes(2) - attack.passes(1)) // 2
-  return Attack(init, step, result, spent, forward + passes, attack.evaluations)
+  judged = attack.look_passes + passes
+  return Attack(init, step, result, spent, judged, attack.look_passes, attack.evaluations)
 
 
 def staged(*stages: tuple[Attack, int]) -> Schedule:
@@ -232,10 +235,10 @@ def where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
   return jax.tree.map(pick, a, b)
 
 
-def finite(tree: PyTree) -> Array:
-  """bool[B]: no NaN or infinity in that example; every leaf has the batch first."""
-  leaves = [jnp.isfinite(v).reshape(len(v), -1).all(1) for v in jax.tree.leaves(tree)]
-  return jnp.stack(leaves).all(0)
+def largest(tree: PyTree) -> Array:
+  """f32[B]: the largest |v| of each example, NaN or ∞ where one is; leaves have the batch first."""
+  leaves = [jnp.abs(v).reshape(len(v), -1).max(1) for v in jax.tree.leaves(tree)]
+  return jnp.stack(leaves).max(0).astype(jnp.float32)
 
 
 def _map_loss(seen: Unrolled, batch: Batch, distance: MapDistance) -> Array:

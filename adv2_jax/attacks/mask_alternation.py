@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from adv2_jax import images, losses
-from adv2_jax.attacks.loop import BestState, finite, where
+from adv2_jax.attacks.loop import BestState, largest, where
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters import masking
 from adv2_jax.interpreters.masking import MaskConfig, MaskState
@@ -108,7 +108,7 @@ def adv2_mask(
       m = iterate(m, x, batch, fold_keys(keys, looks + i))
       return m, losses.map_sse(1 - m.mask, batch.target_map)
 
-    m, distances = jax.lax.scan(one, m, jnp.arange(looks))
+    m, distances = jax.lax.scan(one, m, jnp.arange(looks, dtype=jnp.int32))
     return m, distances.mean(0)
 
   def solved(state: BestState, batch: Batch) -> BestState:
@@ -144,28 +144,27 @@ def adv2_mask(
       return perturbation.apply(x0, perturbation.project(x0, x - length * direction - x0))
 
     # 2. towards the target class
-    (l_prd, logits), pull = _with_gradient(lambda v: margin(v, batch), x)
-    x = move(x, prediction_step * scale, _unit(pull))
+    (l_prd, logits), to_class = _with_gradient(lambda v: margin(v, batch), x)
+    x = move(x, prediction_step * scale, _unit(to_class))
     # 3. the mask follows
     m = jax.lax.fori_loop(
       0, looks, lambda i, m: iterate(m, x, batch, fold_keys(keys, i)), inner.carry
     )
     # 4. and looks ahead
-    (l_int, m), pull = _with_gradient(lambda v: look(m, v, batch, keys)[::-1], x)
+    (l_int, m), to_map = _with_gradient(lambda v: look(m, v, batch, keys)[::-1], x)
     # 5. towards the target map, as far as the class allows
-    direction = _unit(pull)
+    direction = _unit(to_map)
 
     def halve(i: Array, s: Array) -> Array:
       tried = s + longest * 0.5 ** (i + 1.0)
       return jnp.where(margin(move(x, tried, direction), batch)[0] < -kappa, tried, s)
 
-    length = jax.lax.fori_loop(0, halvings, halve, jnp.zeros(len(x)))
+    length = jax.lax.fori_loop(0, halvings, halve, jnp.zeros(len(x), jnp.float32))
     x = move(x, length, direction)
 
-    snapshot = Snapshot(
-      inner.step, start, Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd)), logits
-    )
-    done = inner.done | ~finite(x)
+    terms = Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd))
+    snapshot = Snapshot(inner.step, start, terms, logits, largest((to_class, to_map)))
+    done = inner.done | ~jnp.isfinite(snapshot.gradient)
     moved = AttackState(x - x0, (), m, done, inner.step + 1)
     return state._replace(inner=_held(inner, moved)), snapshot
 
@@ -175,7 +174,7 @@ def adv2_mask(
       delta = perturbation.init(batch.x, step_keys(key, batch.example_id, 0))
     m = masking.start(follow, len(batch.x))
     inner = AttackState(delta, (), m, ~batch.is_real, jnp.int32(0))
-    return BestState(inner, delta, jnp.full(len(batch.x), jnp.inf))
+    return BestState(inner, delta, jnp.full(len(batch.x), jnp.inf, jnp.float32))
 
   def result(batch: Batch, state: BestState) -> PyTree:
     return solved(state, batch).delta
@@ -184,7 +183,8 @@ def adv2_mask(
   each = 2 + 2 * looks + 6 * looks + halvings
   renewal = 2 * config.steps + 1
   spent = lambda n: n * each + -(-n // renew) * renewal  # noqa: E731
-  return Attack(init, step, result, spent, renewal, lambda n: 2 * n)  # margin and l_int
+  evaluations = lambda n: 2 * n  # margin and l_int  # noqa: E731
+  return Attack(init, step, result, spent, renewal, evaluations=evaluations)
 
 
 def _held(old: AttackState, new: AttackState) -> AttackState:

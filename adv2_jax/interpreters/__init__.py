@@ -1,6 +1,5 @@
 """Interpreters: factories that return an `Interpreter`; a new one is `from_map` and a formula."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,16 +35,10 @@ def build(
   """
   if name not in NAMES:
     raise InputError(f'interpreter {name!r} is unknown; expected one of {", ".join(NAMES)}')
-  if name != 'rts':
-    return _build(name, image_size, form)
-  if decoder is None:
-    raise InputError('interpreter rts needs a trained decoder: load_decoder(…), or --decoder')
-  return rts(decoder)
-
-
-@functools.lru_cache
-def _build(name: str, image_size: int, form: str) -> Interpreter:
-  """Built once per setting: its functions are static, a second one would be traced anew."""
+  if name == 'rts':
+    if decoder is None:
+      raise InputError('interpreter rts needs a trained decoder: load_decoder(…), or --decoder')
+    return rts(decoder)
   takes_pool = name in ('grad', 'input_x_gradient', 'integrated_gradients', 'smooth_grad')
   options: dict[str, Any] = {'pool': 4 if image_size > 64 else 2} if takes_pool else {}
   if name == 'grad':

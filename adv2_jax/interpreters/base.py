@@ -1,12 +1,15 @@
 """What interpreters share: building one from a function, normalising and pooling maps."""
 
+import functools
+import inspect
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from adv2_jax import validate
 from adv2_jax.types import (
   Array,
   Carry,
@@ -20,8 +23,13 @@ from adv2_jax.types import (
   example_keys,
 )
 
+P = ParamSpec('P')
+T = TypeVar('T')
 # (params, clf, x, y, keys) -> (map [B,h,w], logits [B,K] or None)
 MapFn = Callable[[PyTree, Any, Image, Label, Key], tuple[Map, Array | None]]
+
+
+_logits = jax.jit(lambda clf, x: clf(x).logits)  # for its shape: jit remembers what it has traced
 
 
 class Interpreter(flax.struct.PyTreeNode):
@@ -35,8 +43,8 @@ class Interpreter(flax.struct.PyTreeNode):
     begin_fn: (params, clf, x, y, target_map, keys) -> Carry, before the first attack step; x are
       the clean images.
     name: short name, used in files and tables.
-    passes: network passes per example of one `explain`, and of one `unroll` with its gradient
-      (a forward pass counts 1, its backward pass 1 more).
+    passes: network passes per example of one `explain`, of one `unroll` with its gradient, and of
+      one `unroll` alone (a forward pass counts 1, its backward pass 1 more).
     begin_passes: those of `begin`.
     exact: whether `unroll` gives the very map of `explain`, so that its value can be trusted when
       the best iterate is chosen.
@@ -50,7 +58,7 @@ class Interpreter(flax.struct.PyTreeNode):
   unroll_fn: Callable[..., Unrolled] = flax.struct.field(pytree_node=False)
   begin_fn: Callable[..., Carry] = flax.struct.field(pytree_node=False)
   name: str = flax.struct.field(pytree_node=False, default='custom')
-  passes: tuple[int, int] = flax.struct.field(pytree_node=False, default=(1, 2))
+  passes: tuple[int, int, int] = flax.struct.field(pytree_node=False, default=(1, 2, 1))
   begin_passes: int = flax.struct.field(pytree_node=False, default=0)
   exact: bool = flax.struct.field(pytree_node=False, default=True)
   classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
@@ -58,8 +66,18 @@ class Interpreter(flax.struct.PyTreeNode):
   settings: Hashable = flax.struct.field(pytree_node=False, default=None)
 
   def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
-    """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B]."""
-    return self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
+    """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B].
+
+    Raises:
+      InputError: for input of wrong shape, range or type; not checked inside of a trace.
+    """
+    if not validate.traced(x, y):
+      x = validate.images(x)
+      num_classes = jax.eval_shape(_logits, clf, x).shape[-1]
+      y = validate.labels(y, len(x), num_classes, 'y')
+      validate.explicable(y, self, 'y')
+    maps = self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
+    return maps.astype(jnp.float32)  # whatever the net computes in
 
   def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
     """The carry before the first attack step; x are the clean images."""
@@ -70,13 +88,36 @@ class Interpreter(flax.struct.PyTreeNode):
     return self.unroll_fn(self.params, clf, x, y, carry, example_keys(key, len(x)))
 
 
+def one_per_setting(factory: Callable[P, T]) -> Callable[P, T]:
+  """The factory, giving the same object for the same settings, however they are written.
+
+  An interpreter's functions are static under jit: a second one would be traced and compiled anew.
+  """
+  signature, made = inspect.signature(factory), {}
+
+  @functools.wraps(factory)
+  def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    settings = tuple(given.arguments.values())
+    try:
+      if settings not in made:
+        made[settings] = factory(*args, **kwargs)
+    except TypeError:  # not hashable: `factory` has something to say of it
+      return factory(*args, **kwargs)
+    return made[settings]
+
+  return call
+
+
 def from_map(
   explain: MapFn,
   attacked: MapFn | None = None,
   *,
   params: PyTree = (),
   name: str = 'custom',
-  passes: tuple[int, int] = (1, 2),
+  passes: tuple[int, int] | tuple[int, int, int] = (1, 2),
+  random: bool = False,
 ) -> Interpreter:
   """An interpreter without state between attack steps, from its map function.
 
@@ -86,7 +127,9 @@ def from_map(
     attacked: the same map made differentiable in x; None when `explain` is so already.
     params: the interpreter's own weights.
     name: short name, used in files and tables.
-    passes: see `Interpreter.passes`.
+    passes: of `explain`, and of one attack step with its gradient, see `Interpreter.passes`; third,
+      of one without, where that is not as many as `explain` takes.
+    random: whether the map depends on the keys.
   """
   differentiable = attacked or explain
 
@@ -95,7 +138,7 @@ def from_map(
 
   def unroll_fn(params: PyTree, clf: Any, x: Image, y: Label, carry: Carry, keys: Key) -> Unrolled:
     maps, logits = differentiable(params, clf, x, y, keys)
-    return Unrolled(maps[None], carry, jnp.zeros(len(x)), logits)
+    return Unrolled(maps[None], carry, jnp.zeros(len(x), jnp.float32), logits)
 
   return Interpreter(
     params,
@@ -103,21 +146,23 @@ def from_map(
     unroll_fn,
     lambda *_: (),
     name=name,
-    passes=passes,
+    passes=passes if len(passes) == 3 else (*passes, passes[0]),
     exact=attacked is None,
+    random=random,
   )
 
 
+@one_per_setting
 def no_map() -> Interpreter:
   """The interpreter that explains nothing."""
 
   def unroll(params, clf, x, y, carry, keys) -> Unrolled:
     del params, y, keys
-    nothing = jnp.zeros(len(x))
+    nothing = jnp.zeros(len(x), jnp.float32)
     return Unrolled(None, carry, nothing, clf(x).logits, nothing)
 
-  explain = lambda params, clf, x, y, keys: jnp.zeros((len(x), 1, 1))  # noqa: E731
-  return Interpreter((), explain, unroll, lambda *_: (), name='none', passes=(0, 2))
+  explain = lambda params, clf, x, y, keys: jnp.zeros((len(x), 1, 1), jnp.float32)  # noqa: E731
+  return Interpreter((), explain, unroll, lambda *_: (), name='none', passes=(0, 2, 1))
 
 
 def min_max(maps: Array) -> Map:

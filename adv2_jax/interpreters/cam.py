@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.interpreters.base import Interpreter, class_logit, from_map, min_max
+from adv2_jax.interpreters.base import (
+  Interpreter,
+  class_logit,
+  from_map,
+  min_max,
+  one_per_setting,
+)
 from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree
 
 
@@ -55,6 +61,7 @@ def _require_global_pooling(clf: Any, features: Array) -> None:
     )
 
 
+@one_per_setting
 def cam() -> Interpreter:
   """CAM: m = minmax(Σ_k w_{y,k} A_k), A = taps['features'] (Zhou et al. 2016).
 
@@ -72,6 +79,7 @@ def cam() -> Interpreter:
   return from_map(explain, name='cam', passes=(1, 2))
 
 
+@one_per_setting
 def grad_cam() -> Interpreter:
   """Grad-CAM: m = r / max r with r = ReLU(Σ_k ᾱ_k A_k) (Selvaraju et al. 2017).
 

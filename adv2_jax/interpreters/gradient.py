@@ -20,6 +20,7 @@ from adv2_jax.interpreters.base import (
   from_map,
   input_gradient,
   min_max,
+  one_per_setting,
 )
 from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree
@@ -30,7 +31,12 @@ Formula = Callable[[Forward, Image, Label, Key], tuple[Map, Array]]
 
 
 def _smoothed(
-  formula: Formula, name: str, passes: tuple[int, int], tau: float, form: str
+  formula: Formula,
+  name: str,
+  passes: tuple[int, int] | tuple[int, int, int],
+  tau: float,
+  form: str,
+  random: bool = False,
 ) -> Interpreter:
   """The interpreter that evaluates `formula` on the net, and attacks it on the surrogate."""
   if tau <= 0:
@@ -48,9 +54,10 @@ def _smoothed(
     del params
     return formula(lambda v: clf.surrogate(v, act).logits, x, y, keys)
 
-  return from_map(explain, attacked, name=name, passes=passes)
+  return from_map(explain, attacked, name=name, passes=passes, random=random)
 
 
+@one_per_setting
 def grad(
   pool: int = 4,
   tau: float = 1e-4,
@@ -83,6 +90,7 @@ def grad(
   return _smoothed(formula, 'grad', (2, 4), tau, form)
 
 
+@one_per_setting
 def input_x_gradient(pool: int = 4, tau: float = 1e-4) -> Interpreter:
   """Input × gradient: m = minmax(pool(|Σ_ch x · ∂z_y/∂x|)) (Shrikumar et al. 2016)."""
 
@@ -94,6 +102,7 @@ def input_x_gradient(pool: int = 4, tau: float = 1e-4) -> Interpreter:
   return _smoothed(formula, 'input_x_gradient', (2, 4), tau, 'printed')
 
 
+@one_per_setting
 def integrated_gradients(pool: int = 4, steps: int = 16, tau: float = 1e-4) -> Interpreter:
   """Integrated gradients from a black image (Sundararajan et al. 2017).
 
@@ -107,7 +116,7 @@ def integrated_gradients(pool: int = 4, steps: int = 16, tau: float = 1e-4) -> I
     attribution = jnp.sum(path_attribution(forward, x, y, steps), axis=-1)
     return min_max(avg_pool(jnp.abs(attribution), pool)), forward(x)
 
-  passes = (2 * steps + 1, 6 * steps + 2)
+  passes = (2 * steps, 6 * steps + 2, 2 * steps + 1)  # the logits cost one more
   return _smoothed(formula, 'integrated_gradients', passes, tau, 'printed')
 
 
@@ -119,11 +128,12 @@ def path_attribution(forward: Forward, x: Image, y: Label, steps: int) -> Array:
     g, _ = input_gradient(forward, alpha * x, lambda logits: class_logit(logits, y))
     return total + g, None
 
-  alphas = (jnp.arange(steps) + 0.5) / steps
+  alphas = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
   total, _ = jax.lax.scan(add, jnp.zeros_like(x), alphas)
   return x * total / steps
 
 
+@one_per_setting
 def smooth_grad(
   pool: int = 4, samples: int = 8, sigma: float = 0.1, tau: float = 1e-4
 ) -> Interpreter:
@@ -137,13 +147,15 @@ def smooth_grad(
   def formula(forward: Forward, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
     @jax.checkpoint
     def add(total: Array, i: Array) -> tuple[Array, None]:
-      draw = lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:])  # noqa: E731
+      draw = lambda k: jax.random.normal(jax.random.fold_in(k, i), x.shape[1:], jnp.float32)  # noqa: E731
       noisy = x + sigma * jax.vmap(draw)(keys)
       g, _ = input_gradient(forward, noisy, lambda logits: class_logit(logits, y))
       return total + jnp.max(jnp.abs(g), axis=-1), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(x.shape[:-1]), jnp.arange(samples))
+    total, _ = jax.lax.scan(
+      add, jnp.zeros(x.shape[:-1], jnp.float32), jnp.arange(samples, dtype=jnp.int32)
+    )
     return min_max(avg_pool(total / samples, pool)), forward(x)
 
-  passes = (2 * samples + 1, 6 * samples + 2)
-  return _smoothed(formula, 'smooth_grad', passes, tau, 'printed').replace(random=True)
+  passes = (2 * samples, 6 * samples + 2, 2 * samples + 1)
+  return _smoothed(formula, 'smooth_grad', passes, tau, 'printed', random=True)

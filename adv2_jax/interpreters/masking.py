@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from adv2_jax import losses
-from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.interpreters.base import Interpreter, one_per_setting
 from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree, Unrolled, fold_keys
 
@@ -160,7 +160,7 @@ def jittered(x: Image, keys: Key, jitter: int) -> Image:
   )
 
   def crop(image: Array, key: Key) -> Array:
-    top, left = jax.random.randint(key, (2,), 0, jitter)
+    top, left = jax.random.randint(key, (2,), 0, jitter, jnp.int32)
     return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, image.shape[-1]))
 
   return jax.vmap(crop)(larger, keys)
@@ -198,7 +198,7 @@ def _adam(config: MaskConfig) -> optax.GradientTransformation:
 def start(config: MaskConfig, n: int, mask: Array | None = None) -> MaskState:
   """The state before the first iteration, for n examples; from masks [n,h,w] where given (warm)."""
   if mask is None:
-    mask = jnp.full((n, config.size, config.size), config.start)
+    mask = jnp.full((n, config.size, config.size), config.start, jnp.float32)
   return MaskState(mask, jax.vmap(_adam(config).init)(mask))
 
 
@@ -284,10 +284,11 @@ def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> 
   def body(state: MaskState, i: Array) -> tuple[MaskState, Array]:
     return solver_step(clf, state, x, y, fold_keys(keys, i), config), state.mask
 
-  path = jax.lax.scan(body, start(config, len(x)), jnp.arange(config.steps))[1]
+  path = jax.lax.scan(body, start(config, len(x)), jnp.arange(config.steps, dtype=jnp.int32))[1]
   return jnp.moveaxis(path, 0, 1)
 
 
+@one_per_setting
 def mask(
   config: MaskConfig | None = None,
   *,
@@ -384,17 +385,18 @@ def mask(
     if got.slope is not None and wanted.slope is not None:
       apart += slope * _norm(got.slope - wanted.slope) / _norm(wanted.slope)
     apart = apart.reshape(n, looks).mean(1)
-    return Unrolled(None, carry, jnp.zeros(n), clf(x).logits, apart)
+    return Unrolled(None, carry, jnp.zeros(n, jnp.float32), clf(x).logits, apart)
 
-  # A pass with a gradient is two; one whose gradient is differentiated, six.
-  clean, attacked = (2, 6) if slope else (1, 2)
+  # Of a look: a pass with a gradient is two; one whose gradient is differentiated, four.
+  clean, attacked = (2, 4) if slope else (1, 2)
+  beside = looks * clean * varies  # at the clean image, again
   return Interpreter(
     (),
     explain,
     unroll,
     begin,
     name='mask',
-    passes=(2 * c.steps, 2 + looks * (attacked + clean * varies)),
+    passes=(2 * c.steps, 2 + looks * attacked + beside, 1 + looks * clean + beside),
     begin_passes=2 * c.steps + 1 + (0 if varies else clean * c.steps),
     exact=False,
     random=random,
@@ -407,11 +409,11 @@ def _draw(
 ) -> tuple[Array, Array, Key]:
   """Masks [looks,h,w] about path[:last], denser at its beginning, their places, a key for each."""
   k = jax.random.split(key, 3)
-  place = (jnp.arange(looks) + jax.random.uniform(k[0], (looks,))) / looks
-  place = jnp.int32(place**2 * last)
+  place = jnp.arange(looks, dtype=jnp.float32) + jax.random.uniform(k[0], (looks,), jnp.float32)
+  place = jnp.int32((place / looks) ** 2 * last)
   masks = path[place]
   if noise:
-    masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape), 0, 1)
+    masks = jnp.clip(masks + noise * jax.random.normal(k[1], masks.shape, jnp.float32), 0, 1)
   return masks, place, jax.random.split(k[2], looks)
 
 

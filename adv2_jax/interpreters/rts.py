@@ -46,7 +46,7 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
     unroll,
     begin,
     name='rts',
-    passes=(2, 4),
+    passes=(1, 4, 2),  # a pass of its own net counts as one of the classifier's
     classes=decoder.classes,
   )
 

@@ -18,7 +18,7 @@ def init_state(
   module: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], key: Key
 ) -> TrainState:
   """A fresh state of a zoo net for images of shape (H, W, 3)."""
-  variables = jax.jit(module.init)(key, jnp.zeros((1, *image_shape)))
+  variables = jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
   return TrainState(jnp.int32(0), variables, tx.init(variables['params']))
 
 

@@ -104,7 +104,7 @@ def no_augment(key: Key, x: Image) -> Image:
 def pad_crop_flip(key: Key, x: Image, pad: int = 4) -> Image:
   """CIFAR's usual: shift by up to `pad` pixels (zeros come in), mirror half of the images."""
   shift_key, flip_key = jax.random.split(key)
-  shifts = jax.random.randint(shift_key, (len(x), 2), 0, 2 * pad + 1)
+  shifts = jax.random.randint(shift_key, (len(x), 2), 0, 2 * pad + 1, jnp.int32)
   flip = jax.random.bernoulli(flip_key, shape=(len(x), 1, 1, 1))
   padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
@@ -122,7 +122,7 @@ def mirror_and_relight(key: Key, x: Image, gain: float = 0.2) -> Image:
   x = jnp.where(coin[0], x[:, :, ::-1], x)
   x = jnp.where(coin[1], x[:, ::-1], x)
   x = jnp.where(coin[2], x.swapaxes(1, 2), x)
-  factor = jax.random.uniform(keys[3], (len(x), 1, 1, 1), minval=1 - gain, maxval=1 + gain)
+  factor = jax.random.uniform(keys[3], (len(x), 1, 1, 1), jnp.float32, 1 - gain, 1 + gain)
   return jnp.clip(x * factor, 0, 1)
 
 

@@ -85,9 +85,10 @@ def substitute(x: Image, key: Key) -> Substitute:
   scale = x.shape[1] / 224
   width = 2 * max(1, round(27 * scale)) + 1
   k = jax.random.split(key, 4)
-  noise = 0.5 + 0.055 * jax.random.normal(k[0], x.shape)
-  colour = jax.random.uniform(k[1], (len(x), 1, 1, x.shape[-1]), minval=-0.165, maxval=0.165)
-  kept = x + 0.015 * jax.random.normal(k[3], x.shape)
+  noise = 0.5 + 0.055 * jax.random.normal(k[0], x.shape, jnp.float32)
+  shape = (len(x), 1, 1, x.shape[-1])
+  colour = jax.random.uniform(k[1], shape, jnp.float32, -0.165, 0.165)
+  kept = x + 0.015 * jax.random.normal(k[3], x.shape, jnp.float32)
   # Blurred about grey, as zero padding is grey in units of [−1,1].
   blurred = 0.5 + gaussian_blur(kept - 0.5, width, 11.0 * scale)
   coin = jax.random.bernoulli(k[2], shape=(len(x), 1, 1, 1))
@@ -187,7 +188,7 @@ def classes_asked_for(
   """
   coin_key, shift_key = jax.random.split(key)
   is_fake = jax.random.bernoulli(coin_key, fake, y.shape)
-  shift = jax.random.randint(shift_key, y.shape, 1, len(classes))
+  shift = jax.random.randint(shift_key, y.shape, 1, len(classes), jnp.int32)
   return jnp.where(is_fake, another_class(y, shift, classes), y), ~is_fake
 
 

@@ -128,7 +128,7 @@ def test_grad_keeps_the_closest_map_among_tested_iterates_with_confidence_above_
 def snapshot_of(log_odds, distance):
   logits = jnp.stack([jnp.zeros(3), jnp.asarray(log_odds, jnp.float32)], axis=1)  # of class 0
   terms = Terms(*[jnp.asarray(distance, jnp.float32)] * 4)
-  return Snapshot(jnp.int32(0), X, terms, logits)
+  return Snapshot(jnp.int32(0), X, terms, logits, jnp.ones(3, jnp.float32))
 
 
 def test_the_target_comes_first_then_the_map_and_confidence_has_its_price():
@@ -203,7 +203,7 @@ def test_maps_that_must_be_made_afresh_are_checked_rarely_and_random_ones_half_a
   joint, n = recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), KEY)[-1]
   settings = presets.FAST.get(name, presets.FAST['cam' if interpreter.exact else 'grad'])
   assert n == settings.steps
-  check, step = interpreter.passes
+  check, step, _ = interpreter.passes
   checks = 0 if interpreter.exact else 20 // (settings.every * (1 + interpreter.random))
   assert joint.passes(20) == interpreter.begin_passes + 20 * step + checks * check
 

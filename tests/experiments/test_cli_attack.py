@@ -126,7 +126,7 @@ def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch, preset):
   if preset == 'fast':
     # The path; 4 steps, each with 2 masks on the clean and the attacked image; the last is scored.
     scored = 9 + 2 * 8
-    assert rows['adv2']['network_passes'] == 2 * 8 + 1 + 4 * (2 + 2 * (2 + 6)) + scored
+    assert rows['adv2']['network_passes'] == 2 * 8 + 1 + 4 * (2 + 2 * (2 + 4)) + scored
   for kind in ('target', 'benign', 'pgd', 'adv2'):
     assert np.load(path / f'maps/{kind}/mask/000002.npy').shape == (8, 8)
   assert not (path / 'maps/again').exists()

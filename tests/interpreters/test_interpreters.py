@@ -350,6 +350,35 @@ def test_cells_are_four_pixels_on_large_images_and_two_on_small_ones():
     assert maps.shape == (1, cells, cells)
 
 
+@every_interpreter
+@pytest.mark.parametrize(
+  ('x', 'y', 'message'),
+  [
+    (X, [99, 0, 0, 0], 'y of image 0 is 99; the classifier has the classes 0…4'),
+    (X, -1, r'y has shape \(\)'),
+    (X, jax.nn.one_hot(Y, 5), 'y is float32; expected integers'),
+    (X * 255, Y, 'divide 0…255 images by 255'),
+    (X[0], Y, r'x\[None\]'),
+    (X.at[1].set(jnp.nan), Y, 'image 1 has NaN'),
+  ],
+)
+def test_bad_images_and_classes_are_refused_by_all_alike(name, x, y, message):
+  with pytest.raises(InputError, match=message):
+    interpreters.build(name, tiny.SIZE).explain(CLF, x, y, KEYS)
+
+
+@every_interpreter
+def test_the_same_settings_give_the_same_object(name):
+  """A new one would be compiled anew."""
+  factory = interpreters.FACTORIES[name]
+  assert factory() is factory()
+  default = {'grad': {'pool': 4}, 'mask': {'looks': 2}, 'smooth_grad': {'samples': 8}}.get(name, {})
+  assert factory(**default) is factory()
+  for setting in default:
+    assert factory(**{setting: 3}) is factory(**{setting: 3}) is not factory()
+  assert interpreters.grad(4) is interpreters.grad(pool=4)
+
+
 def test_an_own_interpreter_is_a_formula():
   """`from_map` with params: the map is θ·|x|, and its params are seen by both functions."""
   brightness = interpreters.from_map(
