@@ -15,6 +15,8 @@ import PIL.ImageOps
 
 from adv2_jax.types import Image, InputError, Map
 
+_TIFF_BITS = 258  # the tag of bits per sample
+
 
 def quantise(x: Image) -> Image:
   """Rounds to the 8-bit grid, round(255·x)/255: what survives being saved.
@@ -83,6 +85,17 @@ def resize_crop(image: np.ndarray, size: int, nearest: bool = False) -> np.ndarr
   return np.asarray(PIL.Image.fromarray(image).resize(resized, method).crop(box))
 
 
+def _refuse_without_range(image: PIL.Image.Image, name: str) -> None:
+  """InputError for pixels that are neither 8 bits per channel nor 16-bit grey."""
+  bits = getattr(image, 'tag_v2', {}).get(_TIFF_BITS, (16,))[0]
+  sixteen = image.mode.startswith('I;16') or image.format in ('PNG', 'PPM')  # hold no wider grey
+  if image.mode[0] == 'F' or (image.mode[0] == 'I' and not (sixteen and bits == 16)):
+    raise InputError(
+      f'image {name} has pixels of mode {image.mode} ({bits} bits), whose range is not known: '
+      'save it with 8 bits per channel or as 16-bit grey'
+    )
+
+
 def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
   image = PIL.ImageOps.exif_transpose(image)
   if image.mode.startswith('I'):  # 16-bit grey: PIL would clip at 255 instead of scaling.
@@ -104,13 +117,20 @@ def read_image(file: str | os.PathLike | BinaryIO, name: str | None = None) -> n
     name: what to call the file in an error; the path if not given.
 
   Raises:
-    InputError: the file is missing, cut short or not an image.
+    InputError: the file is missing, cut short or no image; it is a series of images; or its pixels
+      are floats or integers of another width, whose range is not known.
   """
   name = name or str(file)
   try:
     with PIL.Image.open(file) as image:
+      frames = getattr(image, 'n_frames', 1)
+      if frames > 1 and image.format != 'MPO':  # cameras put a preview second
+        raise InputError(f'image {name} is a series of {frames} pictures: save the one to use')
+      _refuse_without_range(image, name)
       image.load()
       return _to_rgb(image)
+  except InputError:
+    raise
   except FileNotFoundError:
     raise InputError(f'image {name} does not exist') from None
   except Exception as error:  # PIL's decoders raise nearly everything on damaged files.

@@ -23,10 +23,10 @@ def user_path(path: str | os.PathLike) -> pathlib.Path:
 def whole_number(text: str) -> int | None:
   """The number that a user wrote, such as '12' or '-1'; None where it is no whole number.
 
-  Digits are those of ASCII: `int` takes, and `str.isdigit` tells, far more than that.
+  Digits are those of ASCII, 18 at most: `int` takes, and `str.isdigit` tells, far more than that.
   """
   text = text.strip()
-  return int(text) if re.fullmatch('[+-]?[0-9]+', text) else None
+  return int(text) if re.fullmatch('[+-]?[0-9]{1,18}', text) else None
 
 
 def traced(*values: Any) -> bool:

@@ -148,3 +148,34 @@ def test_a_damaged_image_is_named(tmp_path, content):
     images.read_image(path)
   with pytest.raises(InputError, match=r'absent\.png does not exist'):
     images.read_image(tmp_path / 'absent.png')
+
+
+def grey(dtype, value=0):
+  return PIL.Image.fromarray(np.full((4, 4), value, dtype))
+
+
+@pytest.mark.parametrize(
+  ('image', 'options', 'message'),
+  [
+    (grey(np.int32, 70000), {}, r'odd\.tif has pixels of mode I \(32 bits\), whose range is not'),
+    (grey(np.float32, 0.5), {}, r'odd\.tif has pixels of mode F'),
+    (grey(np.uint8), {'save_all': True, 'append_images': [grey(np.uint8, 9)]}, 'series of 2 pic'),
+  ],
+)
+def test_pixels_without_a_known_range_and_series_are_refused(tmp_path, image, options, message):
+  """Clipped at 255, or the first of several: an image of something else, without a word."""
+  path = tmp_path / 'odd.tif'
+  image.save(path, **options)
+  with pytest.raises(InputError, match=message):
+    images.read_image(path)
+
+
+def test_16_bit_grey_is_scaled_in_every_format():
+  """PIL opens that of PGM files as 32-bit integers."""
+  for fmt in ('PNG', 'PPM', 'TIFF'):
+    assert (images.read_image(_encoded(grey(np.uint16, 257 * 9), fmt)) == 9).all()
+
+
+def test_a_photograph_with_a_preview_is_one_image():
+  pair = _encoded(grey(np.uint8, 200), 'MPO', save_all=True, append_images=[grey(np.uint8, 9)])
+  assert (images.read_image(pair) > 190).all()

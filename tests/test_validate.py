@@ -102,7 +102,7 @@ def test_good_target_maps_become_float32():
 @pytest.mark.parametrize(
   ('text', 'number'),
   [('12', 12), (' 3 ', 3), ('-1', -1), ('+4', 4), ('007', 7)]
-  + [(text, None) for text in ('', '²', '--1', '1.0', '1_000', '٣', 'one', '- 1')],
+  + [(text, None) for text in ('', '²', '--1', '1.0', '1_000', '٣', 'one', '- 1', '9' * 5000)],
 )
 def test_whole_number(text, number):
   assert validate.whole_number(text) == number

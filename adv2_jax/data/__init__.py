@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from adv2_jax.data import scene_painter, sources
-from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
+from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset, omissions
 from adv2_jax.data.masks import read_masks
 from adv2_jax.types import InputError
 from adv2_jax.validate import user_path
 
-__all__ = ['NAMES', 'TFDS', 'Dataset', 'load', 'scenes']
+__all__ = ['NAMES', 'TFDS', 'Dataset', 'load', 'omissions', 'scenes']
 
 TFDS = tuple(sources.TFDS)
 NAMES = ('scenes', *TFDS, 'folder', 'npz', 'packed')
@@ -80,6 +80,7 @@ def load(
   label_key: str = sources.LABEL_KEY,
   masks: str | pathlib.Path | None = None,
   skip_corrupt: bool = False,
+  is_labelled: bool = True,
 ) -> Dataset:
   """Opens a data set, and finds what is wrong with it before any work is done.
 
@@ -96,6 +97,7 @@ def load(
       numbers of its classes among ImageNet's.
     masks: file with the objects' masks or boxes, see `data.masks.read_masks`.
     skip_corrupt: leave damaged images out (see `Dataset.damaged`) instead of stopping.
+    is_labelled: False: labels need not be there and are not looked at; all are −1.
 
   Raises:
     InputError: whatever is wrong, in one line that names the file or value.
@@ -115,7 +117,9 @@ def load(
         f'{data_path}: the scenes are drawn, not read; say what the file is with --dataset packed, '
         'npz or folder'
       )
-    return _with_masks(scenes(split or 'test', **options), masks)
+    drawn = dataclasses.replace(scenes(split or 'test', **options), is_labelled=is_labelled)
+    return _with_masks(drawn, masks)
+  options['is_labelled'] = is_labelled
   if name in sources.TFDS:
     dataset = sources.prepared_tfds(name, data_path, split, label_key, **options)
   elif name == 'packed':

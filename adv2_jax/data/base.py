@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from adv2_jax.types import InputError
 
 # Sets up to this size are decoded once when loaded, so that a damaged image stops a run at once.
 CHECK_ALL_UP_TO = 1000
+UNDECODABLE = 'cannot be decoded'
+FROM_ONE = (
+  'the labels seem to count from 1, while the classifier counts its classes from 0: take 1 off each'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Dataset:
 
   Attributes:
     name: e.g. 'scenes'.
-    labels: i32[N].
+    labels: i32[N]; −1 throughout where `is_labelled` is False.
     num_classes: labels are below it.
     decode: id -> u8[H,W,3] as stored.
     describe: id -> the example's name in messages, e.g. its file.
@@ -33,6 +37,8 @@ class Dataset:
     skip_corrupt: leave damaged images out, instead of stopping.
     damaged: ids found damaged by `check`.
     left_out: ids of another split.
+    omitted: what lies in the data path but is not in use, reason -> names of files.
+    is_labelled: False: nobody knows the labels, or they are not to be looked at.
   """
 
   name: str
@@ -48,9 +54,12 @@ class Dataset:
   skip_corrupt: bool = False
   damaged: frozenset[int] = frozenset()
   left_out: frozenset[int] = frozenset()
+  omitted: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  is_labelled: bool = True
 
   def __post_init__(self):
-    labels = check_labels(self.labels, self.num_classes, self.name)
+    labels = self.labels if self.is_labelled else np.zeros(len(self.labels), np.int32)
+    labels = check_labels(labels, self.num_classes, self.name) - (not self.is_labelled)
     object.__setattr__(self, 'labels', labels)
     if self.image_size is not None and self.image_size < 1:
       raise InputError(f'image_size {self.image_size} is not a positive number of pixels')
@@ -66,7 +75,8 @@ class Dataset:
 
   def file(self, i: int) -> str:
     """The name of example i's file below the data path; '' where it has none."""
-    return '' if self.file_of is None else self.file_of(int(i))
+    (i,) = self._known([i])
+    return '' if self.file_of is None else self.file_of(i)
 
   def digest(self) -> str:
     """SHA-256, in hex, of what results depend on: images, masks, labels, split and image size.
@@ -97,21 +107,33 @@ class Dataset:
     others = np.flatnonzero(held_out == (split == 'train'))
     return dataclasses.replace(self, left_out=frozenset(others.tolist()))
 
+  def _known(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+    """These ids as plain numbers, or InputError: the rule for all that is asked for by id."""
+    found = np.asarray(ids)
+    if found.ndim != 1 or not found.size or found.dtype.kind not in 'iu':
+      raise InputError(f'{ids} are no ids of {self.name}: expected whole numbers, such as range(8)')
+    outside = found[(found < 0) | (found >= len(self))]
+    if outside.size:
+      raise InputError(f'{self.name} has no example {outside[0]}: its ids are 0…{len(self) - 1}')
+    return found.tolist()
+
   def image(self, i: int) -> np.ndarray:
     """Example i as u8[H,W,3], resized and cropped to `image_size` if that is set.
 
     Raises:
-      InputError: the image cannot be decoded.
+      InputError: there is no such example, or its image cannot be decoded.
     """
-    image = self.decode(int(i))
+    (i,) = self._known([i])
+    image = self.decode(i)
     return image if self.image_size is None else image_lib.resize_crop(image, self.image_size)
 
   def images(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """Examples stacked, u8[n,H,W,3].
 
     Raises:
-      InputError: they differ in size.
+      InputError: they differ in size, or one of them is not in the set.
     """
+    ids = self._known(ids)
     stack = [self.image(i) for i in ids]
     for i, image in zip(ids, stack, strict=True):
       self._check_shape(i, image.shape, ids[0], stack[0].shape)
@@ -123,16 +145,17 @@ class Dataset:
     Raises:
       InputError: the mask fits neither the stored image nor the resized one.
     """
-    mask = None if self.mask_of is None else self.mask_of(int(i))
+    (i,) = self._known([i])
+    mask = None if self.mask_of is None else self.mask_of(i)
     if mask is None:
       return None
-    stored = self.decode(int(i)).shape[:2]
+    stored = self.decode(i).shape[:2]
     final = stored if self.image_size is None else (self.image_size,) * 2
     if mask.shape not in (stored, final):
       sizes = ('×'.join(map(str, shape)) for shape in (mask.shape, stored, final))
       raise InputError(
         'the mask of image {} is {} pixels; expected {} as stored, or {} as used: choose '
-        '--image_size to suit --masks'.format(self.describe(int(i)), *sizes)
+        '--image_size to suit --masks'.format(self.describe(i), *sizes)
       )
     if mask.shape == stored and self.image_size is not None:
       mask = image_lib.resize_crop(mask, self.image_size, nearest=True)
@@ -148,18 +171,20 @@ class Dataset:
       InputError: an image is damaged (named), or of another size than the first; or none is left.
     """
     damaged, first = set(self.damaged), None
-    for i in self.ids if ids is None else ids:
+    for i in self.ids.tolist() if ids is None else self._known(ids):
       try:
         shape = self.image(i).shape
       except InputError:
         if not self.skip_corrupt:
           raise
-        damaged.add(int(i))
+        damaged.add(i)
         continue
       self.mask(i)
       first = first or (i, shape)
       self._check_shape(i, shape, *first)
-    checked = dataclasses.replace(self, damaged=frozenset(damaged))
+    names = tuple(self.file(i) or self.describe(i) for i in sorted(damaged))
+    omitted = {**self.omitted, UNDECODABLE: names} if damaged else self.omitted
+    checked = dataclasses.replace(self, damaged=frozenset(damaged), omitted=omitted)
     if not len(checked.ids):
       raise InputError(f'data set {self.name} has no readable image: check --data_path')
     return checked
@@ -173,8 +198,10 @@ class Dataset:
       InputError: a label beyond the classifier's, a name it does not have, or names for some of its
         classes only, when its own are not known.
     """
-    check_labels(self.labels, num_classes, self.name)
     own, names = self.class_names, tuple(class_names or ())
+    if not self.is_labelled:
+      return dataclasses.replace(self, num_classes=num_classes, class_names=names or None)
+    check_labels(self.labels, num_classes, self.name)
     if own is None or own == names:
       return self
     remedy = 'give a labels.csv with the columns file,label and class numbers'
@@ -218,11 +245,22 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
     )
   if not len(labels):
     raise InputError(f'data set {name} is empty: check --data_path and --split')
+  num_classes = min(num_classes, 2**31)
   outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
   if len(outside):
     i = outside[0]
+    from_one = labels.min() > 0 and labels.max() == num_classes
     raise InputError(
       f'label {labels[i]} of example {i} of {name} is outside 0…{num_classes - 1}: '
-      'check --label_key and --model'
+      + (FROM_ONE if from_one else 'check --label_key and --model')
     )
   return labels.astype(np.int32)
+
+
+def omissions(omitted: Mapping[str, tuple[str, ...]]) -> str:
+  """`Dataset.omitted` in one line."""
+  told = []
+  for reason, names in omitted.items():
+    more = ', …' if len(names) > 3 else ''
+    told.append(f'{len(names)} {reason} ({", ".join(names[:3])}{more})')
+  return f'left out of the data: {"; ".join(told)}'

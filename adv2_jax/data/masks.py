@@ -8,6 +8,7 @@ import numpy as np
 
 from adv2_jax.data.sources import read_npz
 from adv2_jax.types import InputError
+from adv2_jax.validate import user_path
 
 MaskOf = Callable[[int], np.ndarray | None]
 BOX_KEY = 'boxes_crop224_xyxy'
@@ -27,7 +28,7 @@ def read_masks(path: str | pathlib.Path, n: int) -> MaskOf:
   Raises:
     InputError: the file is missing, unreadable, or covers another number of examples.
   """
-  path = pathlib.Path(path)
+  path = user_path(path)
   if not path.exists():
     raise InputError(f'--masks {path} does not exist')
   mask_of, length = _boxes(path) if path.suffix == '.json' else _bits(path)
@@ -64,7 +65,7 @@ def _boxes(path: pathlib.Path) -> tuple[MaskOf, int]:
   try:
     examples = json.loads(path.read_text(encoding='utf-8'))[BOX_KEY]
     boxes = [np.array(rows, np.float64).reshape(-1, 4) for rows in examples]
-  except (ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
       f'--masks {path} cannot be read ({error!r}): expected JSON with {BOX_KEY}, '
       '[[x0, y0, x1, y1], …] per example'

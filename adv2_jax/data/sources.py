@@ -9,18 +9,31 @@ import csv
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adv2_jax import images as image_lib
 from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.types import InputError
-from adv2_jax.validate import user_path
+from adv2_jax.validate import user_path, whole_number
 
 Path = str | pathlib.Path | None
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
+IMAGE_SUFFIXES = (
+  *('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.gif'),
+  *('.tif', '.tiff', '.ppm', '.pgm', '.pnm'),
+)
+NEEDED = 'one sub-folder of images per class, or labels.csv with the columns file,label'
+# What Windows, macOS and network drives leave in folders, in small letters; beside what begins
+# with a dot.
+_SYSTEM = frozenset(
+  {
+    *('__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '$recycle.bin'),
+    *('system volume information', 'lost+found', '@eadir'),
+  }
+)
 LABEL_KEY = 'y'
 IMAGENET_KEY = 'y_imagenet'
 # Imagenette's ten classes, in its order, among ImageNet's.
@@ -61,21 +74,27 @@ def read_npz(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 
 
 def read_csv(path: pathlib.Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-  """(line number, {column: text}) of every line; a line that is too short has ''.
+  """(line number, {column: text}) of every line, these columns only, blanks about texts cut off.
+
+  A line that is too short has ''. A byte-order mark, as spreadsheets write it, is passed over.
 
   Raises:
     InputError: not text in UTF-8, not CSV, or one of the columns is missing.
   """
   try:
-    with path.open(newline='', encoding='utf-8') as file:
-      reader = csv.DictReader(file, restval='')
-      if not set(columns) <= set(reader.fieldnames or ()):
-        raise InputError(
-          f'{path} starts with {reader.fieldnames}; expected the columns {",".join(columns)}'
-        )
-      return [(reader.line_num, row) for row in reader]
+    with path.open(newline='', encoding='utf-8-sig') as file:
+      reader = csv.DictReader(file, restval='', skipinitialspace=True)
+      reader.fieldnames = header = [name.strip() for name in reader.fieldnames or ()]
+      if not set(columns) <= set(header):
+        raise InputError(f'{path} starts with {header}; expected the columns {",".join(columns)}')
+      return [(reader.line_num, {name: row[name].strip() for name in columns}) for row in reader]
   except (UnicodeDecodeError, csv.Error) as error:
     raise InputError(f'{path} is not a CSV file in UTF-8 ({error}); save it as one') from None
+
+
+def table_number(text: str) -> int | None:
+  """A whole number as tables hold it, '3' or '3.0'; None where it is none."""
+  return whole_number(re.sub(r'\.0*$', '', text))
 
 
 def _array(arrays: Mapping[str, np.ndarray], key: str, path: pathlib.Path) -> np.ndarray:
@@ -84,45 +103,87 @@ def _array(arrays: Mapping[str, np.ndarray], key: str, path: pathlib.Path) -> np
   return arrays[key]
 
 
-def _classes(labels: np.ndarray, names: Any = None) -> tuple[int, tuple[str, ...] | None]:
-  """Number of classes and their names, where the names cover the labels."""
-  highest = int(labels.max()) + 1 if labels.size and labels.dtype.kind in 'iu' else 1
-  if names is None or len(names) < highest:
-    return highest, None
-  return len(names), tuple(str(name) for name in names)
+def _classes(
+  labels: np.ndarray, names: Any = None
+) -> tuple[np.ndarray, int, tuple[str, ...] | None]:
+  """Labels, the number of classes and their names, where the names cover the labels.
+
+  Names that are all numbers are no names: the classes have these numbers.
+  """
+  if labels.dtype.kind not in 'iu' or not labels.size:
+    return labels, 1, None  # refused when the `Dataset` is made
+  names = np.array(() if names is None else names)
+  if names.ndim != 1 or labels.min() < 0 or labels.max() >= len(names):
+    return labels, int(labels.max()) + 1, None
+  if names.dtype.kind == 'S':
+    names = np.char.decode(names, 'utf-8', 'replace')
+  texts = tuple(printable(str(name)) for name in names)
+  numbers = [table_number(text) for text in texts]
+  if None in numbers:
+    return labels, len(texts), texts
+  values = np.array(numbers, np.int64)
+  return values[labels], int(values.max()) + 1, None
 
 
-def folder(data_path: Path, **options: Any) -> Dataset:
-  """Image files: one sub-folder per class (sorted), or labels.csv with columns file,label.
+def printable(name: str) -> str:
+  """A name from the file system, which need not be UTF-8, as text that can be written anywhere."""
+  return os.fsencode(name).decode('utf-8', 'replace')
 
-  Labels in labels.csv are class numbers, or else names (numbered in sorted order).
+
+class _Listing(NamedTuple):
+  """What a folder holds, by name, sorted; hidden and system entries aside."""
+
+  folders: list[str]
+  images: list[str]
+  others: list[str]
+
+
+def _is_hidden(name: str) -> bool:
+  return name.startswith('.') or name.lower() in _SYSTEM
+
+
+def _list(path: pathlib.Path) -> _Listing:
+  try:
+    with os.scandir(path) as entries:
+      found = sorted((e.name, e.is_dir()) for e in entries if not _is_hidden(e.name))
+  except OSError as error:
+    raise InputError(f'folder {path} cannot be read: {error.strerror}') from None
+  listing = _Listing([], [], [])
+  for name, is_folder in found:
+    is_image = pathlib.PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+    (listing.folders if is_folder else listing.images if is_image else listing.others).append(name)
+  return listing
+
+
+def _images_below(root: pathlib.Path, name: str) -> Iterator[str]:
+  """Names below `root` of all images in this folder and in the folders in it."""
+  listing = _list(root / name)
+  yield from (f'{name}/{image}' for image in listing.images)
+  for inner in listing.folders:
+    yield from _images_below(root, f'{name}/{inner}')
+
+
+class _Found(NamedTuple):
+  """Files below the data path, their labels as texts, and what was left out, reason -> names."""
+
+  files: list[str]
+  labels: list[str]
+  omitted: dict[str, tuple[str, ...]]
+
+
+def folder(data_path: Path, is_labelled: bool = True, **options: Any) -> Dataset:
+  """Image files: one sub-folder per class, or labels.csv with the columns file,label.
+
+  Labels, names of folders too, are class numbers if all of them are; else names, numbered in sorted
+  order. Without labels, the files may lie in the folder itself.
   """
   root = _existing(data_path, 'folder')
   if not root.is_dir():
     raise InputError(f'--data_path {root} is not a folder')
-  names: list[str] | None
-  if (root / 'labels.csv').exists():
-    files, raw = _read_labels_csv(root)
-    if all(label.lstrip('-').isdigit() for label in raw):
-      names, labels = None, [int(label) for label in raw]
-    else:
-      names = sorted(set(raw))
-      labels = [names.index(label) for label in raw]
-  else:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    found = [
-      (f'{name}/{path.name}', label)
-      for label, name in enumerate(names)
-      for path in sorted((root / name).iterdir())
-      if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-      raise InputError(
-        f'folder {root} has no images: expected one sub-folder per class, or labels.csv'
-      )
-    files, labels = [file for file, _ in found], [label for _, label in found]
-  array = np.array(labels, np.int64)
-  num_classes, class_names = _classes(array, names)
+  read = _read_labels_csv if (root / 'labels.csv').exists() else _read_class_folders
+  files, raw, omitted = read(root, is_labelled)
+  number = {name: k for k, name in enumerate(sorted(set(raw)))}
+  labels, num_classes, class_names = _classes(np.array([number[name] for name in raw]), [*number])
 
   def stamps() -> Iterator[bytes]:
     for file in files:
@@ -136,38 +197,86 @@ def folder(data_path: Path, **options: Any) -> Dataset:
 
   return Dataset(
     name='folder',
-    labels=array,
+    labels=labels,
     num_classes=num_classes,
-    class_names=class_names,
+    class_names=class_names if is_labelled else None,
     decode=lambda i: image_lib.read_image(root / files[i]),
     describe=lambda i: str(root / files[i]),
     stamps=stamps,
-    file_of=lambda i: files[i],
+    file_of=lambda i: printable(files[i]),
+    omitted={reason: tuple(map(printable, names)) for reason, names in omitted.items() if names},
+    is_labelled=is_labelled,
     **options,
   )
 
 
-def _read_labels_csv(root: pathlib.Path) -> tuple[list[str], list[str]]:
+def _read_class_folders(root: pathlib.Path, is_labelled: bool) -> _Found:
+  top = _list(root)
+  classes = {name: _list(root / name) for name in top.folders}
+  files = [f'{name}/{image}' for name in classes for image in classes[name].images]
+  others = [f'{name}/{other}' for name in classes for other in classes[name].others]
+  deeper = [
+    image
+    for name in classes
+    for inner in classes[name].folders
+    for image in _images_below(root, f'{name}/{inner}')
+  ]
+  omitted = {
+    'in no image format that is read': (*others,),
+    'in folders within class folders': (*deeper,),
+    'beside the class folders': (*top.images, *top.others),
+  }
+  if files:
+    empty = next((name for name in classes if not classes[name].images), None)
+    if is_labelled and empty:
+      inner = next((image for image in deeper if image.startswith(f'{empty}/')), None)
+      what = f'has only deeper images such as {inner}: move them up' if inner else 'has no images'
+      raise InputError(
+        f'class folder {root / empty} {what}; fill it or remove it, as each sub-folder is a class'
+      )
+    return _Found(files, [pathlib.PurePath(file).parts[0] for file in files], omitted)
+  if not top.images:
+    problem = f'has no images ({" ".join(IMAGE_SUFFIXES)}): expected {NEEDED}'
+    if deeper:
+      problem = f'has images in folders within folders only, such as {deeper[0]}: expected {NEEDED}'
+  elif is_labelled:
+    problem = (
+      f'has {len(top.images)} images but no labels: expected {NEEDED}; or take what the net '
+      'predicts for labels, by --labels predicted'
+    )
+  else:
+    flat = {
+      'in no image format that is read': (*others, *top.others),
+      'in folders within the folder': (*deeper,),
+    }
+    return _Found(top.images, [''] * len(top.images), flat)
+  raise InputError(f'folder {root} {problem}')
+
+
+def _read_labels_csv(root: pathlib.Path, is_labelled: bool) -> _Found:
   path = root / 'labels.csv'
-  files, labels = [], []
-  for line, row in read_csv(path, ('file', 'label')):
-    image, label = root / row['file'], row['label'].strip()
-    if not image.is_file():
-      raise InputError(f'{path} line {line}: {image} does not exist')
-    if not label:
-      raise InputError(f'{path} line {line}: {image} has no label')
-    files.append(row['file'])
+  files, labels, hidden = [], [], []
+  for line, row in read_csv(path, ('file', 'label') if is_labelled else ('file',)):
+    file, label = pathlib.PurePath(row['file']), row.get('label', '')
+    if _is_hidden(file.name) or _SYSTEM.intersection(part.lower() for part in file.parts):
+      hidden.append(str(file))
+      continue
+    if not (root / file).is_file():
+      raise InputError(f'{path} line {line}: {root / file} does not exist')
+    if is_labelled and not label:
+      raise InputError(f'{path} line {line}: {root / file} has no label')
+    files.append(file.as_posix())
     labels.append(label)
   if not files:
     raise InputError(f'{path} lists no images')
-  return files, labels
+  return _Found(files, labels, {'hidden or of the system': (*hidden,)})
 
 
-def npz(data_path: Path, **options: Any) -> Dataset:
+def npz(data_path: Path, is_labelled: bool = True, **options: Any) -> Dataset:
   """Arrays image u8[N,H,W,3] and label i[N]."""
   path = _existing(data_path, 'npz')
   arrays = read_npz(path)
-  image, labels = _array(arrays, 'image', path), _array(arrays, 'label', path)
+  image = _array(arrays, 'image', path)
   if image.dtype != np.uint8:
     seen = 'NaN' if image.dtype.kind == 'f' and np.isnan(image).any() else f'{image.dtype}'
     if image.size and seen == f'{image.dtype}':
@@ -175,8 +284,8 @@ def npz(data_path: Path, **options: Any) -> Dataset:
     raise InputError(f'image in {path} is {seen}: expected uint8 from 0 to 255')
   if image.ndim != 4 or image.shape[-1] != 3:
     raise InputError(f'image in {path} has shape {list(image.shape)}: expected [N,H,W,3]')
-  _check_length(labels, len(image), path)
-  num_classes, class_names = _classes(labels, arrays.get('classes'))
+  labels = _labels(arrays, 'label', path, len(image), is_labelled)
+  labels, num_classes, class_names = _classes(labels, arrays.get('classes'))
   return Dataset(
     name='npz',
     labels=labels,
@@ -185,16 +294,18 @@ def npz(data_path: Path, **options: Any) -> Dataset:
     decode=lambda i: image[i],
     describe=lambda i: f'{i} of {path}',
     stamps=lambda: [str(image.shape).encode(), np.ascontiguousarray(image).reshape(-1).data],
+    is_labelled=is_labelled,
     **options,
   )
 
 
-def packed(data_path: Path, label_key: str = LABEL_KEY, **options: Any) -> Dataset:
+def packed(
+  data_path: Path, label_key: str = LABEL_KEY, is_labelled: bool = True, **options: Any
+) -> Dataset:
   """Encoded image files end to end: `blob` u8, `offsets` i[N+1] and the labels `label_key` i[N]."""
   path = _existing(data_path, 'packed')
   arrays = read_npz(path)
   blob, offsets = _array(arrays, 'blob', path), _array(arrays, 'offsets', path)
-  labels = _array(arrays, label_key, path)
   if blob.dtype != np.uint8 or blob.ndim != 1:
     raise InputError(f'blob in {path} is {blob.dtype}{list(blob.shape)}: expected uint8 [bytes]')
   if offsets.dtype.kind not in 'iu' or offsets.ndim != 1 or not len(offsets):
@@ -203,9 +314,9 @@ def packed(data_path: Path, label_key: str = LABEL_KEY, **options: Any) -> Datas
     )
   if offsets[0] < 0 or offsets[-1] > len(blob) or (np.diff(offsets.astype(np.int64)) < 0).any():
     raise InputError(f'offsets in {path} do not rise from 0 to {len(blob)}, the length of blob')
-  _check_length(labels, len(offsets) - 1, path)
-  names = arrays.get('classes', arrays.get('names'))
-  num_classes, class_names = _classes(labels, names)
+  labels = _labels(arrays, label_key, path, len(offsets) - 1, is_labelled)
+  names = arrays.get('classes', arrays.get('names')) if label_key == LABEL_KEY else None
+  labels, num_classes, class_names = _classes(labels, names)
 
   def decode(i: int) -> np.ndarray:
     file = io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())
@@ -215,17 +326,24 @@ def packed(data_path: Path, label_key: str = LABEL_KEY, **options: Any) -> Datas
     name='packed',
     labels=labels,
     num_classes=num_classes,
-    class_names=class_names if label_key == LABEL_KEY else None,
+    class_names=class_names,
     decode=decode,
     describe=lambda i: f'{i} of {path}',
     stamps=lambda: [offsets.astype(np.int64).data, blob.data],
+    is_labelled=is_labelled,
     **options,
   )
 
 
-def _check_length(labels: np.ndarray, n: int, path: pathlib.Path) -> None:
+def _labels(
+  arrays: Mapping[str, np.ndarray], key: str, path: pathlib.Path, n: int, is_labelled: bool
+) -> np.ndarray:
+  if not is_labelled:
+    return np.zeros(n, np.int32)
+  labels = _array(arrays, key, path)
   if labels.shape != (n,):
     raise InputError(f'labels in {path} have shape {list(labels.shape)} for {n} images: not [{n}]')
+  return labels
 
 
 def prepared_tfds(
@@ -253,6 +371,7 @@ def prepared_tfds(
   import tensorflow_datasets as tfds
 
   builder_name, default_split = TFDS[name]
+  data_path = None if data_path is None else user_path(data_path)
   split = split or default_split
   where = f', data_dir={str(data_path)!r}' if data_path else ''
   try:
@@ -286,6 +405,7 @@ def prepared_tfds(
     class_names=names and tuple(names),
     decode=decode,
     describe=lambda i: f'{i} of {name} {split}',
+    file_of=lambda i: printable(os.fsdecode(source[i].get('file_name', b''))),
     stamps=lambda: [f'{builder_name} {builder.version} {split} {len(source)}'.encode()],
     **options,
   )
