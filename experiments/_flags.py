@@ -12,6 +12,7 @@ from absl import app, flags
 from adv2_jax import data, interpreters, nets
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
+from adv2_jax.validate import whole_number
 from adv2_jax.weights import zoo
 
 FLAGS = flags.FLAGS
@@ -24,6 +25,8 @@ def define_data_flags() -> None:
   """Which images and which classifier."""
   flags.DEFINE_string('dataset', 'scenes', f'One of {", ".join(data.NAMES)}.')
   flags.DEFINE_string('data_path', None, 'Folder or file of the data; tfds: its data directory.')
+  flags.DEFINE_enum('labels', 'given', ['given', 'predicted'], 'predicted: what the net takes the '
+                    'clean image for; the data need no labels.')  # fmt: skip
   flags.DEFINE_string('label_key', 'y', LABEL_KEY_HELP)
   flags.DEFINE_string('split', None, 'Split of scenes and tfds sets, default: the evaluation one; '
                       'of others train or held_out (the tenth that experiments.train holds out), '
@@ -268,8 +271,9 @@ def widths(values: list[str] | None) -> list[int] | None:
   """The channels of --widths; None where the flag is not given."""
   if values is None:
     return None
-  if not all(v.isdecimal() and int(v) >= 4 for v in values):
+  numbers = [whole_number(v) or 0 for v in values]
+  if not all(n >= 4 for n in numbers):
     raise InputError(
       f'--widths is {",".join(values)}; expected channels from 4 on, such as 256,128,64'
     )
-  return [int(v) for v in values]
+  return numbers

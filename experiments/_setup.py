@@ -13,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from adv2_jax import api, data, images, interpreters, metrics, nets, validate
 from adv2_jax.classifier import Classifier
+from adv2_jax.data.base import UNDECODABLE
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array, Batch, InputError, Key, Map
 from adv2_jax.weights import zoo
 from experiments import _flags, _targets
+from experiments._first_look import FirstLook
 
 
 class Setup(NamedTuple):
@@ -26,7 +28,7 @@ class Setup(NamedTuple):
   clf: Classifier
   interpreters: dict[str, Interpreter]
   dataset: data.Dataset
-  target_of: Callable[[int, int], int]  # (id, least likely class) -> target class
+  target_of: Callable[[int, int, int], int]  # (id, label, least likely class) -> target class
 
 
 class Examples(NamedTuple):
@@ -38,6 +40,9 @@ class Examples(NamedTuple):
   other: np.ndarray  # id of another image of the same predicted class; −1 where none was met
   donor: np.ndarray  # id of a correctly classified image of the target class; −1 unless asked for
   num_skipped: int
+  num_seen: int  # images gone through; without damaged ones
+  num_correct: int | None  # of these; None where labels are predictions
+  omitted: Mapping[str, tuple[str, ...]]  # what of the data is not in use; see `Dataset`
 
 
 class Shard(NamedTuple):
@@ -107,7 +112,10 @@ def load(config: dict[str, Any]) -> Setup:
     label_key=config['label_key'],
     masks=config['masks'],
     skip_corrupt=config['skip_corrupt'],
+    is_labelled=config['labels'] == 'given',
   )
+  if dataset.omitted:
+    print(data.omissions(dataset.omitted), file=sys.stderr)
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
   card = zoo.read_card(zoo.resolve(config['weights'] or config['model']))
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
@@ -115,9 +123,8 @@ def load(config: dict[str, Any]) -> Setup:
   for interpreter in built.values():  # says what does not fit this model or these images
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     jax.eval_shape(interpreter.explain, clf, x, one, jax.random.key(0))
-  labels = dataset.labels
   known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
-  target_of = _targets.labels(config['target_label'], config['seed'], labels, shape[-1], known)
+  target_of = _targets.labels(config['target_label'], config['seed'], dataset, shape[-1], known)
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
   place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
   built = {name: place(interpreter) for name, interpreter in built.items()}
@@ -137,26 +144,25 @@ def mesh_of(config: dict[str, Any]) -> jax.sharding.Mesh:
 
 
 @jax.jit
-def _predict(clf: Classifier, x: Array) -> tuple[Array, Array]:
-  logits = clf(x).logits
-  return jnp.argmax(logits, axis=-1), jnp.argmin(logits, axis=-1)
+def _predict(clf: Classifier, x: Array) -> Array:
+  return clf(x).logits.astype(jnp.float32)
 
 
-def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
-  """(id, predicted class, least likely class) one after the other, computed in batches.
+def predictions(setup: Setup, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray | None]]:
+  """(id, logits f32[K]) one after the other, computed in batches.
 
-  Damaged images are left out, or raise InputError without --skip_corrupt.
+  A damaged image has None for logits, or raises InputError without --skip_corrupt.
   """
   size = setup.config['batch_size']
   for start in range(0, len(ids), size):
     some = ids[start : start + size]
-    # Only small sets were checked as a whole.
-    some = some[~np.isin(some, list(setup.dataset.check(some).damaged))]
-    if not len(some):
-      continue
-    x = images.from_uint8(setup.dataset.images(np.resize(some, size)))
-    best, worst = (np.asarray(v)[: len(some)].tolist() for v in _predict(setup.clf, x))
-    yield from zip(some.tolist(), best, worst, strict=True)
+    damaged = setup.dataset.check(some).damaged  # only small sets were checked as a whole
+    sound = [i for i in some.tolist() if i not in damaged]
+    logits = {}
+    if sound:
+      x = images.from_uint8(setup.dataset.images(np.resize(sound, size)))
+      logits = dict(zip(sound, np.asarray(_predict(setup.clf, x)), strict=False))
+    yield from ((i, logits.get(i)) for i in some.tolist())
 
 
 def order(setup: Setup) -> np.ndarray:
@@ -175,29 +181,48 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
   """The first N examples, in `order`, that are classified correctly and have a target.
 
   All other images up to the last one are counted as skipped: misclassified, damaged, or of the very
-  class that is the `--target_label`. `attacked`: the targets are to be explained, too.
+  class that is the `--target_label`. With `--labels predicted` every image is of the class that it
+  is taken for. `attacked`: the targets are to be explained, too.
   """
-  c, true, target_of = setup.config, setup.dataset.labels, setup.target_of
+  c, dataset = setup.config, setup.dataset
   chosen: list[int] = []
+  labels: list[int] = []
   targets: list[int] = []
+  damaged: list[int] = []
   met: dict[int, list[int]] = {}  # predicted class -> ids
+  look = FirstLook()
   place = {int(i): n for n, i in enumerate(order(setup))}
   seen = len(place)
-  for i, best, worst in predictions(setup, _readable(setup)):
+  for i, logits in predictions(setup, _readable(setup)):
+    if logits is None:
+      damaged.append(i)
+      continue
+    best, worst = int(logits.argmax()), int(logits.argmin())
+    label = int(dataset.labels[i]) if dataset.is_labelled else best
     met.setdefault(best, []).append(i)
-    if best == true[i] and (target := target_of(i, worst)) != true[i]:
+    look.add(logits, label)
+    if best == label and (target := setup.target_of(i, label, worst)) != label:
       chosen.append(i)
+      labels.append(label)
       targets.append(target)
     if len(chosen) == c['skip_examples'] + c['num_examples']:
       seen = place[i] + 1
       break
+  if damaged:
+    told = {UNDECODABLE: dataset.without(damaged).omitted[UNDECODABLE]}
+    print(data.omissions(told), file=sys.stderr)
+  if wrong := look.shifted():
+    raise InputError(f'{look.told()}, {wrong}')
   if len(chosen) <= c['skip_examples']:
     raise InputError(
-      f'the classifier gets {len(chosen)} of {seen} images right, none beyond --skip_examples '
-      f'{c["skip_examples"]}: check --weights, --mean, --std and --label_key'
+      f'{look.told()}, {len(chosen)} of them with another class as target, none beyond '
+      f'--skip_examples {c["skip_examples"]}: check --weights, --mean, --std and --label_key'
     )
-  chosen, targets = chosen[c['skip_examples'] :], targets[c['skip_examples'] :]
-  classes = sorted({int(true[i]) for i in chosen})
+  if doubt := look.doubt():
+    print(doubt, file=sys.stderr)
+  some = slice(c['skip_examples'], None)
+  chosen, labels, targets = chosen[some], labels[some], targets[some]
+  classes = sorted(set(labels))
   if len(classes) == 1 and len(chosen) > 4 and not c['shuffle']:
     print(
       f'all {len(chosen)} examples are of class {classes[0]}: if the data set is sorted by class, '
@@ -208,17 +233,26 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
     if len(met[label]) == 1 and (other := _first(setup, label, seen)) >= 0:
       met[label].append(other)
   for interpreter in setup.interpreters.values():
-    validate.explicable(true[chosen], interpreter, 'label', chosen)
+    validate.explicable(labels, interpreter, 'label', chosen)
     if attacked:
       validate.explicable(targets, interpreter, 'target (see --target_label)', chosen)
-  others = [_next(met[int(true[i])], i) for i in chosen]
+  others = [_next(met[label], i) for i, label in zip(chosen, labels, strict=True)]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
     of_class = {target: _donor(setup, target) for target in sorted(set(targets))}
     donors = [of_class[target] for target in targets]
   ints = functools.partial(np.array, dtype=np.int32)
-  columns = ints(chosen), true[chosen], ints(targets), ints(others), ints(donors)
-  return Examples(*columns, seen - c['skip_examples'] - len(chosen))
+  return Examples(
+    ints(chosen),
+    ints(labels),
+    ints(targets),
+    ints(others),
+    ints(donors),
+    num_skipped=seen - c['skip_examples'] - len(chosen),
+    num_seen=look.n,
+    num_correct=look.right() if dataset.is_labelled else None,
+    omitted=dataset.without(damaged).omitted,
+  )
 
 
 def _next(ids: list[int], i: int) -> int:
@@ -229,8 +263,10 @@ def _next(ids: list[int], i: int) -> int:
 def _first(setup: Setup, label: int, start: int = 0) -> int:
   """The first id, from that place in `order` on, of this class and taken for it; −1 if none is."""
   ids = _readable(setup, start)
-  of_class = ids[setup.dataset.labels[ids] == label]
-  return next((i for i, best, _ in predictions(setup, of_class) if best == label), -1)
+  if setup.dataset.is_labelled:
+    ids = ids[setup.dataset.labels[ids] == label]
+  found = ((i, logits) for i, logits in predictions(setup, ids) if logits is not None)
+  return next((i for i, logits in found if logits.argmax() == label), -1)
 
 
 def _donor(setup: Setup, target: int) -> int:

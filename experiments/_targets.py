@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from adv2_jax.data.sources import read_csv, read_npz
+from adv2_jax.data import Dataset
+from adv2_jax.data.sources import read_csv, read_npz, table_number
 from adv2_jax.training.rts import another_class
 from adv2_jax.types import InputError
+from adv2_jax.validate import user_path, whole_number
 
 MAPS = ('benign', 'random_class', 'random_patch')
 
@@ -15,11 +17,11 @@ MAPS = ('benign', 'random_class', 'random_patch')
 def labels(
   flag: str,
   seed: int,
-  true: np.ndarray,
+  dataset: Dataset,
   num_classes: int,
   classes: Sequence[int] | None = None,
-) -> Callable[[int, int], int]:
-  """(id, least likely class) -> target class, for `--target_label`.
+) -> Callable[[int, int, int], int]:
+  """(id, label, least likely class) -> target class, for `--target_label`.
 
   'random' gives (label + RandomState(seed).randint(1, K, size=n_dataset)[id]) % K, so that a target
   belongs to an example, not to a batch. Where an interpreter knows only some `classes` (sorted), it
@@ -30,42 +32,58 @@ def labels(
   """
   if flag == 'random':
     known = classes or range(num_classes)
-    offset = np.random.RandomState(seed).randint(1, len(known), size=len(true))
-    random = np.asarray(another_class(true, offset, known))
-    return lambda i, least: int(random[i])
+    offset = np.random.RandomState(seed).randint(1, len(known), size=len(dataset))
+    return lambda i, label, least: int(another_class(label, int(offset[i]), known))
   if flag == 'least_likely':
-    return lambda i, least: least
-  if flag.lstrip('-').isdigit():
-    target = _in_range(int(flag), num_classes, '--target_label')
-    return lambda i, least: target
-  path = pathlib.Path(flag)
+    return lambda i, label, least: least
+  if (number := whole_number(flag)) is not None:
+    target = _in_range(number, num_classes, '--target_label')
+    return lambda i, label, least: target
+  path = user_path(flag)
   if path.suffix == '.csv' and not path.is_file():
     raise InputError(f'--target_label is {flag!r}: there is no such file; check its path')
   if not path.is_file():
     raise InputError(
       f'--target_label is {flag!r}; expected random, least_likely, a class, or FILE.csv (id,target)'
     )
-  table = {}
-  for line, row in read_csv(path, ('id', 'target')):
-    try:
-      i, target = int(row['id']), int(row['target'])
-    except ValueError:
-      raise InputError(
-        f'{path} line {line}: {row["id"]},{row["target"]} are not two whole numbers'
-      ) from None
-    table[i] = _in_range(target, num_classes, f'{path} line {line}')
-    if 0 <= i < len(true) and target == true[i]:
-      raise InputError(
-        f'{path}: target {target} of example {i} is its true class; choose another class'
-      )
+  table = _read_table(path, dataset, num_classes)
 
-  def from_file(i: int, least: int) -> int:
+  def from_file(i: int, label: int, least: int) -> int:
     del least
     if i not in table:
-      raise InputError(f'{path} has no target for example {i}; add a line {i},<class>')
+      name = dataset.file(i)
+      raise InputError(
+        f'{path} has no target for example {i}{name and f" ({name})"}; add a line {i},<class>'
+      )
+    if table[i] == label:
+      raise InputError(
+        f'{path}: target {label} of example {i} is its true class; choose another class'
+      )
     return table[i]
 
   return from_file
+
+
+def _read_table(path: pathlib.Path, dataset: Dataset, num_classes: int) -> dict[int, int]:
+  """{id: target} of a file with the columns id,target; an id may be the name of its file."""
+  names: dict[str, int] = {}
+  table: dict[int, int] = {}
+  for line, row in read_csv(path, ('id', 'target')):
+    i, target = table_number(row['id']), table_number(row['target'])
+    if i is None:
+      names = names or {dataset.file(k): k for k in range(len(dataset))}
+      i = names.get(pathlib.PurePath(row['id']).as_posix())
+    if i is None or target is None:
+      such = f' (the id may be a file name such as {dataset.file(0)})' if dataset.file(0) else ''
+      raise InputError(
+        f'{path} line {line}: {row["id"]},{row["target"]} are not two whole numbers{such}'
+      )
+    if not 0 <= i < len(dataset):
+      raise InputError(f'{path} line {line}: there is no example {i}; ids are 0…{len(dataset) - 1}')
+    if table.get(i, target) != target:
+      raise InputError(f'{path} line {line}: example {i} has the target {table[i]} already')
+    table[i] = _in_range(target, num_classes, f'{path} line {line}')
+  return table
 
 
 def _in_range(target: int, num_classes: int, where: str) -> int:
@@ -97,18 +115,21 @@ def read_maps(path: str, names: list[str]) -> dict[str, dict[int, np.ndarray]]:
   for key in ('id', *names):
     if key not in arrays:
       raise InputError(f'{path} has no array {key!r}; it has: {", ".join(sorted(arrays))}')
+  if (given := arrays['id']).dtype.kind not in 'iu' or given.ndim != 1:
+    raise InputError(f'{path}: id is {given.dtype}{list(given.shape)}; expected whole numbers [N]')
   for name in names:
     maps = arrays[name]
-    if maps.ndim != 3 or len(maps) != len(arrays['id']) or maps.dtype.kind not in 'fiub':
+    if maps.ndim != 3 or len(maps) != len(given) or maps.dtype.kind not in 'fiub':
       raise InputError(f'{path}: {name} is {maps.dtype}{list(maps.shape)}; expected one map per id')
     if not ((maps >= 0) & (maps <= 1)).all():
       raise InputError(f'{path}: {name} is not within [0,1]; scale the maps')
-  ids = [int(i) for i in arrays['id']]
-  return {name: dict(zip(ids, arrays[name].astype(np.float32), strict=True)) for name in names}
+  return {
+    name: dict(zip(given.tolist(), arrays[name].astype(np.float32), strict=True)) for name in names
+  }
 
 
 def _existing(flag: str) -> pathlib.Path:
-  path = pathlib.Path(flag)
+  path = user_path(flag)
   if not path.is_file():
     raise InputError(f'--target_map is {flag!r}; expected {", ".join(MAPS)}, or FILE.npz')
   return path

@@ -212,7 +212,8 @@ class Run(NamedTuple):
         f'{attack} on {name}: the image of example {shard.id[left][0]} is outside of the '
         'perturbation set, so nothing of its batch was written; this is a fault: please report it'
       )
-    columns = {'id': shard.id, 'label': shard.label, 'target': shard.batch.target}
+    files = [self.setup.dataset.file(i) for i in shard.id]
+    columns = {'id': shard.id, 'label': shard.label, 'target': shard.batch.target, 'file': files}
     records = as_records(scores, keep, **columns)
     kept = {folder: np.asarray(array)[keep] for folder, array in arrays.items()}
     self.workdir.write_shard(attack, name, records, kept, **(extras or {}))

@@ -32,6 +32,7 @@ from adv2_jax.attacks.loop import adv2, run_chunk
 from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.types import Attack, Batch, InputError, PyTree
+from adv2_jax.validate import whole_number
 from adv2_jax.weights import zoo
 from adv2_jax.workdir import store
 from experiments import _flags, _setup
@@ -277,10 +278,7 @@ def table(rows: list[dict[str, Any]], header: bool = True) -> str:
 
 def _positive(config: Mapping[str, Any], name: str) -> list[int]:
   values = config[name]
-  try:
-    sizes = [int(v) for v in values]
-  except ValueError:
-    sizes = []
+  sizes = [whole_number(v) or 0 for v in values]
   if not sizes or min(sizes) < 1:
     raise InputError(f'--{name} is {",".join(values)}; expected numbers such as 4,16')
   return sizes

@@ -91,13 +91,21 @@ def open_data(config: Mapping[str, Any]) -> tuple[Opened, Opened]:
     return Opened(train, train.ids), Opened(test, test.ids)
   options['label_key'] = config['label_key']
   split = 'train' if name in data.TFDS else None
-  train = data.load(name, path, split=split, **options)
+  train = _load(name, path, split=split, **options)
   if config['test_path'] or split:
-    test = data.load(name, config['test_path'] or path, **options)
+    test = _load(name, config['test_path'] or path, **options)
     test = test.numbered_for(train.num_classes, train.class_names)
     return Opened(train, train.ids[:limit]), Opened(test, test.ids)
   of_train, held_out = (train.part(split).ids for split in ('train', 'held_out'))
   return Opened(train, of_train[:limit]), Opened(train, held_out)
+
+
+def _load(*args: Any, **options: Any) -> data.Dataset:
+  """`data.load`; says what of the files was left out."""
+  dataset = data.load(*args, **options)
+  if dataset.omitted:
+    print(data.omissions(dataset.omitted), file=sys.stderr)
+  return dataset
 
 
 def linear_baseline(train: Arrays, test: Arrays) -> float | None:

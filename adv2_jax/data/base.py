@@ -17,6 +17,7 @@ UNDECODABLE = 'cannot be decoded'
 FROM_ONE = (
   'the labels seem to count from 1, while the classifier counts its classes from 0: take 1 off each'
 )
+FROM_MINUS_ONE = 'the classifier seems to have one more class before the first: add 1 to each label'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +183,17 @@ class Dataset:
       self.mask(i)
       first = first or (i, shape)
       self._check_shape(i, shape, *first)
-    names = tuple(self.file(i) or self.describe(i) for i in sorted(damaged))
-    omitted = {**self.omitted, UNDECODABLE: names} if damaged else self.omitted
-    checked = dataclasses.replace(self, damaged=frozenset(damaged), omitted=omitted)
+    checked = self.without(damaged)
     if not len(checked.ids):
       raise InputError(f'data set {self.name} has no readable image: check --data_path')
     return checked
+
+  def without(self, damaged: Iterable[int]) -> 'Dataset':
+    """The same set, these examples counted among the damaged ones."""
+    damaged = self.damaged.union(damaged)
+    names = tuple(self.file(i) or self.describe(i) for i in sorted(damaged))
+    omitted = {**self.omitted, UNDECODABLE: names} if names else self.omitted
+    return dataclasses.replace(self, damaged=damaged, omitted=omitted)
 
   def numbered_for(self, num_classes: int, class_names: Sequence[str] | None = None) -> 'Dataset':
     """The same set, its labels numbered as a classifier of `num_classes` numbers its classes.

@@ -183,6 +183,12 @@ def folder(data_path: Path, is_labelled: bool = True, **options: Any) -> Dataset
   read = _read_labels_csv if (root / 'labels.csv').exists() else _read_class_folders
   files, raw, omitted = read(root, is_labelled)
   number = {name: k for k, name in enumerate(sorted(set(raw)))}
+  strange = [name for name in number if table_number(name) is None]
+  if is_labelled and 0 < len(strange) <= len(number) / 2:
+    raise InputError(
+      f'class {strange[0]!r} of {root} is no number, as {len(number) - len(strange)} others are: '
+      'give numbers for all, or names for all'
+    )
   labels, num_classes, class_names = _classes(np.array([number[name] for name in raw]), [*number])
 
   def stamps() -> Iterator[bytes]:

@@ -44,6 +44,7 @@ CSV_FIELDS = (
   'success',
   'map_l1',
   'map_iou',
+  'file',
 )
 # Flags that say where and on what a run happens, not what comes out; a resumed run may change them.
 FREE_FLAGS = frozenset(

@@ -60,7 +60,12 @@ def test_folder_of_class_folders(folder):
 
 @pytest.mark.parametrize(
   ('labels', 'expected', 'names'),
-  [(['2', '0', '2'], [2, 0, 2], None), (['cat', 'ant', 'cat'], [1, 0, 1], ('ant', 'cat'))],
+  [
+    (['2', '0', '2'], [2, 0, 2], None),
+    (['2.0', '10.0', '2'], [2, 10, 2], None),
+    (['cat', 'ant', 'cat'], [1, 0, 1], ('ant', 'cat')),
+    (['cat', '2', 'ant'], [2, 0, 1], ('2', 'ant', 'cat')),
+  ],
 )
 def test_folder_with_labels_csv(folder, labels, expected, names):
   with (folder / 'labels.csv').open('w', newline='') as file:
@@ -71,6 +76,145 @@ def test_folder_with_labels_csv(folder, labels, expected, names):
   np.testing.assert_array_equal(dataset.labels, expected)
   assert dataset.class_names == names
   np.testing.assert_array_equal(dataset.images([0, 1, 2]), pictures(6)[[4, 0, 3]])
+
+
+def test_class_folders_that_are_numbers_are_these_classes(tmp_path):
+  """In the order of texts '10' would be class 2."""
+  for name in ('0', '2', '10'):
+    images.write_png(tmp_path / name / 'a.png', pictures(1)[0])
+  dataset = data.load('folder', tmp_path)
+  assert sorted(dataset.labels) == [0, 2, 10]
+  assert dataset.file(list(dataset.labels).index(10)) == '10/a.png'
+  assert dataset.numbered_for(1000, ['some', 'names', *map(str, range(998))]) is dataset
+  assert dataset.numbered_for(11).num_classes == 11
+  (tmp_path / 'other').mkdir()
+  images.write_png(tmp_path / 'other' / 'a.png', pictures(1)[0])
+  with pytest.raises(InputError, match=r"class 'other' of .* is no number, as 3 others are"):
+    data.load('folder', tmp_path)
+
+
+def test_hidden_and_system_entries_are_passed_over(folder):
+  """What macOS, Windows and network drives leave behind is no class, no image, and no example."""
+  whole = data.load('folder', folder)
+  for name in ('__MACOSX/ant/._0.png', 'ant/._0.png', 'ant/Thumbs.db', 'bee/.hid/a.png', '.a.png'):
+    (folder / name).parent.mkdir(exist_ok=True, parents=True)
+    (folder / name).write_bytes(b'junk')
+  dataset = data.load('folder', folder)
+  assert [dataset.file(i) for i in dataset.ids] == [whole.file(i) for i in whole.ids]
+  assert dataset.digest() == whole.digest()
+  assert dataset.class_names == ('ant', 'bee')
+  assert dataset.omitted == {}
+  lines = ['ant/._0.png,x', 'bee/4.png,7', '__MACOSX/ant/0.png,', 'Thumbs.db,1']
+  (folder / 'labels.csv').write_text('\n'.join(['file,label', *lines]))
+  dataset = data.load('folder', folder)
+  assert (dataset.file(0), dataset.labels.tolist()) == ('bee/4.png', [7])
+  assert len(dataset.omitted['hidden or of the system']) == 3
+
+
+def test_what_is_left_out_of_a_folder_is_said(folder):
+  images.write_png(folder / 'top.png', pictures(1)[0])
+  images.write_png(folder / 'bee' / 'more' / 'still' / 'a.png', pictures(1)[0])
+  for n in range(4):
+    (folder / 'ant' / f'{n}.heic').write_bytes(b'')
+  (folder / 'ant' / '0.png').rename(folder / 'ant' / '0.GIF')  # by its name alone
+  dataset = data.load('folder', folder)
+  assert len(dataset) == 6
+  assert dataset.omitted == {
+    'in no image format that is read': tuple(f'ant/{n}.heic' for n in range(4)),
+    'in folders within class folders': ('bee/more/still/a.png',),
+    'beside the class folders': ('top.png',),
+  }
+  assert data.omissions(dataset.omitted) == (
+    'left out of the data: 4 in no image format that is read (ant/0.heic, ant/1.heic, ant/2.heic, '
+    '…); 1 in folders within class folders (bee/more/still/a.png); '
+    '1 beside the class folders (top.png)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    (['ant/0.png', 'cat/'], 'class folder .*cat has no images; fill it or remove it'),
+    (['ant/0.png', 'cat/x.txt'], 'class folder .*cat has no images; fill it or remove it'),
+    (
+      ['ant/0.png', 'cat/x/0.png'],
+      r'cat has only deeper images such as cat/x/0\.png: move them up',
+    ),
+    (['train/ant/0.png'], 'images in folders within folders only, such as train/ant/0.png'),
+    (['0.png', '1.png', 'x.txt'], 'has 2 images but no labels: expected one .*--labels predicted'),
+    (['x.txt', 'cat/x.txt'], r'has no images \(\.png .*\): expected one sub-folder'),
+  ],
+)
+def test_folders_that_give_no_labels(tmp_path, files, message):
+  """An empty folder would be a class, and all labels after it be shifted."""
+  for name in files:
+    path = tmp_path / name
+    (path if name.endswith('/') else path.parent).mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+      images.write_png(path, pictures(1)[0])
+  with pytest.raises(InputError, match=message) as error:
+    data.load('folder', tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_data_without_labels(folder, tmp_path):
+  flat = shutil.copytree(folder / 'ant', tmp_path / 'flat')
+  np.savez(tmp_path / 'a.npz', image=pictures(3))
+  packed = write_packed(tmp_path / 'b.npz', n=3, y=None)
+  (folder / 'empty').mkdir()
+  sets = [('folder', flat), ('folder', folder), ('npz', tmp_path / 'a.npz'), ('packed', packed)]
+  for name, path in sets:
+    dataset = data.load(name, path, is_labelled=False, split='train').numbered_for(1000)
+    assert (dataset.labels == -1).all()
+    np.testing.assert_array_equal(dataset.images([0, 2]), pictures(3)[[0, 2]])
+    assert (dataset.num_classes, dataset.class_names) == (1000, None)
+  (flat / 'labels.csv').write_text('file\n2.png\n')
+  assert data.load('folder', flat, is_labelled=False).file(0) == '2.png'
+  scenes = data.load('scenes', is_labelled=False)
+  assert scenes.labels.max() == -1
+  assert scenes.digest() != data.load('scenes').digest()
+
+
+def test_names_that_are_not_utf_8_can_be_written(tmp_path):
+  (tmp_path / os.fsdecode(b'k\xe4fer')).mkdir()
+  images.write_png(tmp_path / os.fsdecode(b'k\xe4fer') / 'a.png', pictures(1)[0])
+  dataset = data.load('folder', tmp_path)
+  assert (dataset.file(0).encode(), dataset.class_names) == ('k�fer/a.png'.encode(), ('k�fer',))
+  np.testing.assert_array_equal(dataset.image(0), pictures(1)[0])
+
+
+def test_names_of_classes_in_files(tmp_path):
+  """Numbers are no names, whatever their order; bytes are text."""
+  numbers = write_npz(tmp_path / 'a.npz', classes=np.array(['7', '5', '6']))
+  dataset = data.load('npz', numbers)
+  np.testing.assert_array_equal(dataset.labels, [7, 6, 5, 6])
+  assert (dataset.class_names, dataset.num_classes) == (None, 8)
+  names = write_npz(tmp_path / 'a.npz', classes=np.array([b'x', b'y', b'z']))
+  assert data.load('npz', names).class_names == ('x', 'y', 'z')
+
+
+def test_paths_with_a_tilde(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  np.savez(tmp_path / 'm.npz', mask=np.ones((6, 12, 12), bool))
+  assert data.load('folder', '~/images', masks='~/m.npz').mask(5).all()
+  with pytest.raises(InputError, match=f"data_dir='{tmp_path}/none'"):
+    data.load('cifar10', '~/none')
+
+
+@pytest.mark.parametrize('ids', [[-1], range(5, 7), [0.0], [True], [], 3, [[0]], np.array([6])])
+@pytest.mark.parametrize('name', ['scenes', 'npz'])
+def test_ids_are_those_of_the_set(tmp_path, name, ids):
+  """Not images out of nowhere, counted from the end, or the errors of others."""
+  path = tmp_path / 'a.npz'
+  np.savez(path, image=pictures(6), label=np.arange(6))
+  dataset = data.scenes(n=6) if name == 'scenes' else data.load('npz', path)
+  with pytest.raises(InputError, match=r'its ids are 0…5|expected whole numbers, such as range'):
+    dataset.images(ids)
+  for ask in (dataset.image, dataset.mask, dataset.file):
+    with pytest.raises(InputError, match='has no example -1'):
+      ask(-1)
+  with pytest.raises(InputError, match='has no example 6'):
+    dataset.check([0, 6])
 
 
 def test_npz(tmp_path):
@@ -432,6 +576,9 @@ def test_missing_paths_and_names(tmp_path, folder):
     ('file,label\nant/0.png,1\nant/9.png,1\n', r'line 3: .*9\.png does not exist'),
     ('file,label\nant/0.png,\n', 'line 2: .*has no label'),
     ('file,label\nant/0.png,-3\n', 'label -3 of example 0'),
+    ('file,label\nant/0.png,4294967297\n', 'label 4294967297 of example 0 .* outside 0…2147483647'),
+    ('file,label\nant/0.png,1\nant/1.png,²\n', "class '²' of .* is no number, as 1 others"),
+    ('file,label\nant/0.png,1\nant/1.png,--1\n', "class '--1' of .* is no number, as 1 others"),
     ('label,file\n3\n', 'line 2: .* does not exist'),
   ],
 )
@@ -439,6 +586,13 @@ def test_bad_labels_csv(folder, text, message):
   (folder / 'labels.csv').write_text(text)
   with pytest.raises(InputError, match=message):
     data.load('folder', folder)
+
+
+def test_a_labels_csv_as_spreadsheets_write_it(folder):
+  text = ' label, what , file\n 3, "a, b" , bee/4.png \n4,,bee/5.png\n'
+  (folder / 'labels.csv').write_text(text, encoding='utf-8-sig')
+  dataset = data.load('folder', folder)
+  assert (dataset.labels.tolist(), dataset.file(0)) == ([3, 4], 'bee/4.png')
 
 
 def test_a_labels_csv_in_another_encoding_is_named(folder):
@@ -451,8 +605,11 @@ def test_a_labels_csv_in_another_encoding_is_named(folder):
 def test_labels_beyond_the_classifier(folder):
   dataset = data.load('folder', folder)
   assert dataset.numbered_for(2) is dataset
-  with pytest.raises(InputError, match='label 1 of example 3 of folder is outside 0…0'):
+  with pytest.raises(InputError, match='label 1 of example 3 of folder is outside 0…0: check'):
     dataset.numbered_for(1)
+  (folder / 'labels.csv').write_text('file,label\nant/0.png,1\nant/1.png,3\n')
+  with pytest.raises(InputError, match=r'label 3 .* 0…2: the labels seem to count from 1'):
+    data.load('folder', folder).numbered_for(3)
 
 
 def test_labels_follow_the_names_of_the_classifier(folder):

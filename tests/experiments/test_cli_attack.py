@@ -29,7 +29,7 @@ FIELDS = {
 }
 COLUMNS = [
   *('id', 'attack', 'interpreter', 'label', 'target', 'prediction', 'confidence', 'success'),
-  *('map_l1', 'map_iou'),
+  *('map_l1', 'map_iou', 'file'),
 ]
 
 
@@ -286,6 +286,20 @@ def test_damaged_images_are_skipped_and_too_few_are_told(damaged, tmp_path, caps
   assert {row['n_skipped'] for row in rows_of(workdir)} == {3}
   last = [line for line in capsys.readouterr().err.splitlines() if 'num_examples' in line]
   assert last == ['2 examples instead of --num_examples 64: the classifier gets no more right']
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_what_was_gone_through_is_counted_and_what_was_left_out_is_named(
+  damaged, monkeypatch, capsys, whole
+):
+  if whole:  # checked when loaded, not when used
+    monkeypatch.setattr(data, 'CHECK_ALL_UP_TO', 10)
+  examples = select(damaged, skip_corrupt=True, num_examples=3)
+  assert (examples.num_seen, examples.num_correct, examples.num_skipped) == (5, 3, 3)
+  ((reason, (name,)),) = examples.omitted.items()
+  assert reason == 'cannot be decoded'
+  assert name.startswith('3 of ')
+  assert capsys.readouterr().err == f'left out of the data: 1 cannot be decoded ({name})\n'
 
 
 def test_a_damaged_image_stops_the_run_before_it_starts(damaged, tmp_path):

@@ -53,11 +53,18 @@ def test_bad_flags_are_told_before_anything_is_written(victim, tmp_path, change,
   assert not workdir.exists()
 
 
-def test_a_classifier_that_gets_nothing_right(victim, tmp_path):
+@pytest.mark.parametrize(
+  ('shift', 'message'),
+  [
+    (5, r'gets 0 of 10 images right \(0.0%\), .*check --weights'),
+    (1, 'count from 1, while the classifier counts its classes from 0: take 1 off each'),
+  ],
+)
+def test_a_classifier_that_gets_nothing_right(victim, tmp_path, shift, message):
   arrays = dict(np.load(victim['data_path']))
-  wrong = np.where(np.arange(10) < 2, arrays['label'], (arrays['label'] + 5) % 10)
+  wrong = np.where(np.arange(10) < 2, arrays['label'], (arrays['label'] + shift) % 10)
   np.savez(tmp_path / 'data.npz', image=arrays['image'], label=wrong)
-  with pytest.raises(InputError, match=r'gets 0 of 10 images right.*check --weights'):
+  with pytest.raises(InputError, match=message):
     run(victim, tmp_path / 'run', data_path=str(tmp_path / 'data.npz'))
   assert not (tmp_path / 'run').exists()
 

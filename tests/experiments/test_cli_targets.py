@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from cli import rows_of, run
+from cli import rows_of, run, select
 
-from adv2_jax import interpreters
-from adv2_jax.images import from_uint8
+from adv2_jax import data, interpreters
+from adv2_jax.images import from_uint8, write_png
 from adv2_jax.types import InputError
 from adv2_jax.weights import zoo
 from experiments import _targets, attack
@@ -72,14 +72,22 @@ def test_random_class_without_an_image_of_that_class(victim, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_least_likely_targets(victim, tmp_path):
-  workdir = run(victim, tmp_path / 'run', target_label='least_likely', num_examples=2)
+def test_images_without_labels_are_of_the_class_they_are_taken_for(victim, tmp_path):
+  """Files in one folder, with the least likely class as target; each is named in examples.csv."""
+  image = np.load(victim['data_path'])['image']
+  for i, one in enumerate(image):
+    write_png(tmp_path / f'flat/{i}.png', one)
+  folder = {'dataset': 'folder', 'data_path': str(tmp_path / 'flat'), 'labels': 'predicted'}
+  changes = {'target_label': 'least_likely', 'num_examples': 2}
+  workdir = run(victim | folder, tmp_path / 'run', **changes)
   clf = zoo.load_classifier('scene_resnet', victim['weights'])
-  x = from_uint8(np.load(victim['data_path'])['image'][2:4])
-  worst = np.argmin(clf(jnp.asarray(x)).logits, -1)
+  logits = np.asarray(clf(jnp.asarray(from_uint8(image[:2]))).logits)
   with open(workdir / 'examples.csv', newline='') as file:
-    found = {int(r['id']): int(r['target']) for r in csv.DictReader(file)}
-  assert found == {2: worst[0], 3: worst[1]}
+    found = {(r['id'], r['file'], int(r['label']), int(r['target'])) for r in csv.DictReader(file)}
+  best, worst = np.argmax(logits, -1), np.argmin(logits, -1)
+  assert found == {(f'{i}', f'{i}.png', best[i], worst[i]) for i in range(2)}
+  examples = select(victim | folder)
+  assert (examples.num_seen, examples.num_correct) == (5, None)
 
 
 def write_maps(path, ids, **arrays):
@@ -106,6 +114,7 @@ def test_given_targets(victim, tmp_path):
     ([2, 3], {'cam': np.zeros((3, 4, 4))}, 'expected one map per id'),
     ([2, 3], {'cam': np.zeros((2, 16))}, 'expected one map per id'),
     ([2], {'cam': np.array([[['x']]])}, 'expected one map per id'),
+    ([2.5], {'cam': np.zeros((1, 4, 4))}, r'id is float64\[1\]; expected whole numbers'),
     ([2], {'cam': np.full((1, 4, 4), 1.5)}, r'not within \[0,1\]'),
     ([2], {'cam': np.full((1, 4, 4), np.nan)}, r'not within \[0,1\]'),
   ],
@@ -125,6 +134,9 @@ def test_bad_given_targets(victim, tmp_path, monkeypatch, ids, arrays, message):
     ('id,target\n2,10\n', r'line 2: target 10 is outside 0…9'),
     ('id,target\n2,cat\n', r'line 2: 2,cat are not two whole numbers'),
     ('id,target\n2\n', 'line 2: 2, are not two whole numbers'),
+    ('id,target\n²,3\n', 'line 2: ²,3 are not two whole numbers'),
+    ('id,target\n2,{other}\n99,3\n', 'line 3: there is no example 99; ids are 0…9'),
+    ('id,target\n9,{other}\n9,{own}\n', 'line 3: example 9 has the target . already'),
     ('image,class\n2,3\n', r"starts with \['image', 'class'\]; expected the columns id,target"),
     ('', 'expected the columns id,target'),
     ('id,target\n9,{other}\n', 'no target for example 2; add a line 2,<class>'),
@@ -140,17 +152,50 @@ def test_bad_target_files(victim, tmp_path, text, message):
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_target_file_in_another_encoding_is_named(tmp_path):
+@pytest.fixture
+def named(tmp_path):
+  """A data set whose examples have files."""
+  for i in range(3):
+    write_png(tmp_path / f'images/ant/{i}.png', np.full((4, 4, 3), i, np.uint8))
+  return data.load('folder', tmp_path / 'images')
+
+
+def test_a_target_file_names_examples_by_number_or_file(named, tmp_path, monkeypatch):
+  """As spreadsheets write it: a byte-order mark, blanks, decimals; its path with a tilde."""
+  (tmp_path / 'targets.csv').write_bytes(
+    b'\xef\xbb\xbfid , target\nant/2.png, 4\n1.0,5.0\n./ant/0.png,6\n'
+  )
+  monkeypatch.setenv('HOME', str(tmp_path))
+  target_of = _targets.labels('~/targets.csv', 0, named, 10)
+  assert [target_of(i, 0, -1) for i in range(3)] == [6, 5, 4]
+  (tmp_path / 'targets.csv').write_text('id,target\n9.png,4\n')
+  with pytest.raises(InputError, match=r'line 2: 9\.png,4 are .*file name such as ant/0\.png'):
+    _targets.labels('~/targets.csv', 0, named, 10)
+  (tmp_path / 'targets.csv').write_text('id,target\n0,4\n')
+  with pytest.raises(InputError, match=r'no target for example 1 \(ant/1\.png\)'):
+    _targets.labels('~/targets.csv', 0, named, 10)(1, 0, -1)
+  np.savez(tmp_path / 'maps.npz', id=[2], cam=np.ones((1, 4, 4)))
+  assert _targets.read_maps('~/maps.npz', ['cam'])['cam'][2].all()
+
+
+@pytest.mark.parametrize('flag', ['²', '--1', '1_0', '٣'])
+def test_a_target_class_is_a_whole_number(named, flag):
+  """`str.isdigit` takes some of these, and `int` others."""
+  with pytest.raises(InputError, match='expected random, least_likely, a class'):
+    _targets.labels(flag, 0, named, 10)
+
+
+def test_a_target_file_in_another_encoding_is_named(named, tmp_path):
   file = tmp_path / 'targets.csv'
   file.write_bytes('id,target,what\n2,3,Käfer\n'.encode('latin-1'))
   with pytest.raises(InputError, match=r'targets\.csv is not a CSV file in UTF-8'):
-    _targets.labels(str(file), 0, np.zeros(10, int), 10)
+    _targets.labels(str(file), 0, named, 10)
 
 
 def test_random_targets_are_classes_that_the_decoder_knows():
   true, known = np.array([217, 0, 574, 217] * 50), (0, 217, 482, 574)
-  target_of = _targets.labels('random', 3, true, 1000, known)
-  targets = np.array([target_of(i, -1) for i in range(len(true))])
+  target_of = _targets.labels('random', 3, data.scenes(n=len(true)), 1000, known)
+  targets = np.array([target_of(i, label, -1) for i, label in enumerate(true)])
   places = np.searchsorted(known, targets)
   assert (np.array(known)[places] == targets).all()
   offset = np.random.RandomState(3).randint(1, 4, size=200)
