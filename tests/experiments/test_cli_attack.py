@@ -151,7 +151,7 @@ def test_each_line_of_examples_csv_is_true(finished, victim):
     told = [r for r in lines if (r['attack'], r['interpreter']) == (kind, 'cam')]
     ids = np.array([int(line['id']) for line in told])
     np.testing.assert_array_equal(ids, range(2, 7))
-    column = {name: np.array([float(line[name]) for line in told]) for name in COLUMNS[3:]}
+    column = {name: np.array([float(line[name]) for line in told]) for name in COLUMNS[3:-1]}
     x = []
     for i in ids:
       with PIL.Image.open(finished / f'examples/{folder}/{i:06d}.png') as png:

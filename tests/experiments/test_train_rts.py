@@ -281,7 +281,7 @@ def test_random_targets_of_a_run_are_classes_that_its_decoder_knows(stored):
   flags = flag_defaults(_flags.define_data_flags, _flags.define_attack_flags)
   flags |= {'interpreters': ['cam', 'rts'], 'decoder': str(stored[0])}
   setup = _setup.load(flags)
-  targets = np.array([setup.target_of(i, -1) for i in range(200)])
+  targets = np.array([setup.target_of(i, setup.dataset.labels[i], -1) for i in range(200)])
   assert set(targets.tolist()) == {0, 3, 4}
   assert (targets != setup.dataset.labels[:200]).all()
 
