@@ -131,6 +131,14 @@ def test_what_is_left_out_of_a_folder_is_said(folder):
   )
 
 
+def test_training_says_what_it_leaves_out(folder, capsys):
+  (folder / 'bee' / '5.png').rename(folder / 'bee' / '5.heic')
+  config = {'dataset': 'folder', 'data_path': folder, 'label_key': 'y', 'image_size': None}
+  open_data(config | {'num_examples': None, 'test_path': None})
+  expected = 'left out of the data: 1 in no image format that is read (bee/5.heic)\n'
+  assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
   ('files', 'message'),
   [
