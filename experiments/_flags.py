@@ -14,6 +14,8 @@ from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
 from adv2_jax.weights import zoo
+from adv2_jax.workdir import store
+from experiments import _process
 
 FLAGS = flags.FLAGS
 LABEL_KEY_HELP = (
@@ -157,6 +159,9 @@ def config() -> dict[str, Any]:
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
   if found.get('interpreters', ()) is None:
     found['interpreters'] = default_interpreters(found)
+  if 'resume' in found and not found['workdir']:
+    task = f'train-{found["task"]}-{found["model"]}' if 'task' in found else None
+    found['workdir'] = f'runs/{task}' if task else str(store.default_workdir(found))
   return found
 
 
@@ -208,8 +213,16 @@ def check(c: dict[str, Any]) -> None:
 def start(main: Callable[[dict[str, Any]], Any]) -> None:
   """Runs a command on its `config`.
 
-  `--help` lists the flags and exits 0; bad input ends with one line on stderr and exit code 1.
+  `--help` lists the flags and exits 0; bad input ends with one line on stderr and exit code 1, an
+  interruption with one that says how to go on and 130.
   """
+  _process.guard_output()
+  flags.DEFINE_string(
+    'compilation_cache',
+    None,
+    'Where compiled programs are kept for the next time; empty: nowhere. Default: '
+    f'${_process.CACHE_VARIABLE}, else adv2_jax in the cache directory of the user.',
+  )
   for flag in FLAGS.flags_by_module_dict()[__name__]:
     FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
@@ -226,10 +239,19 @@ def start(main: Callable[[dict[str, Any]], Any]) -> None:
     logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
     if len(argv) > 1:
       sys.exit(f'unexpected argument {argv[1]!r}')
+    _process.keep_compiled(FLAGS.compilation_cache)
+    c = config()
     try:
-      main(config())
+      main(c)
     except InputError as error:
       sys.exit(str(error))
+    except KeyboardInterrupt:
+      resumable = 'resume' in c and c['workdir']
+      how = f'go on with --resume --workdir={c["workdir"]}' if resumable else 'start it again'
+      print(f'\ninterrupted; {how}', file=sys.stderr)
+      sys.exit(130)
+    finally:
+      sys.stdout.flush()
 
   app.run(command, flags_parser=parse)
 

@@ -1,16 +1,30 @@
-"""Eight virtual devices, rank promotion raises, warnings are errors: set before jax starts."""
+"""Set before jax starts: eight virtual devices, rank promotion raises, warnings are errors.
+
+Most of the suite's time is XLA's, so it compiles without optimising, and keeps what it compiled for
+the other worker, for the commands that tests start, and for the next run.
+"""
 
 import os
 import pathlib
 
+# The last of a name counts: `make slow`, which computes more than it compiles, gives another level.
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  '--xla_backend_optimization_level=0 '
+  + os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8'
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jax
 import pytest
 
+from experiments import _process
+
+if cache := _process.cache_directory():
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))  # for commands
+  jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 PARITY = pathlib.Path(__file__).parent / 'parity'

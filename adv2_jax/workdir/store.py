@@ -51,6 +51,7 @@ FREE_FLAGS = frozenset(
   {
     'workdir',
     'resume',
+    'compilation_cache',
     'num_devices',
     'coordinator',
     'process_id',

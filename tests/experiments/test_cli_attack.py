@@ -102,23 +102,19 @@ def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch, preset):
   """The clean image explained with another key; evaluate re-scores what is kept; resumable."""
   quick = masking.CIFAR._replace(steps=8, area=0.0)  # this net is never sure enough for an area
   monkeypatch.setattr(masking, 'CIFAR', quick)
-  interpreters._build.cache_clear()
-  try:
-    flags = {'interpreters': ['mask'], 'num_examples': 2, 'preset': preset, 'steps_s1': 0}
-    path = run(victim, tmp_path / 'run', **flags)
-    assert len(evaluate.rescore(str(path))) == 3
-    whole = rows_of(path)
-    shards = (path / 'shards').glob('*.json')
-    gone = [p for p in shards if 'again' in p.name or 'adv2' in p.name]
-    assert len(gone) == 2
-    for record in gone:
-      record.unlink()
-    images = contents(path, 'examples')
-    run(victim, path, resume=True, **flags)
-    assert contents(path, 'examples') == images
-    assert rows_of(path) == whole
-  finally:
-    interpreters._build.cache_clear()
+  flags = {'interpreters': ['mask'], 'num_examples': 2, 'preset': preset, 'steps_s1': 0}
+  path = run(victim, tmp_path / 'run', **flags)
+  assert len(evaluate.rescore(str(path))) == 3
+  whole = rows_of(path)
+  shards = (path / 'shards').glob('*.json')
+  gone = [p for p in shards if 'again' in p.name or 'adv2' in p.name]
+  assert len(gone) == 2
+  for record in gone:
+    record.unlink()
+  images = contents(path, 'examples')
+  run(victim, path, resume=True, **flags)
+  assert contents(path, 'examples') == images
+  assert rows_of(path) == whole
   rows = {row['attack']: row for row in whole}
   assert list(rows) == ['benign', 'again', 'other', 'pgd', 'adv2']
   assert rows['benign']['map_l1_all'] == 0

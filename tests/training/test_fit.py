@@ -305,7 +305,7 @@ def config(tmp_path):
   ],
 )
 def test_the_command_names_what_is_wrong(config, monkeypatch, change, message):
-  monkeypatch.setattr(training, 'init_state', lambda *_: None)
+  monkeypatch.setattr(classifying, 'init_state', lambda *_: None)
   with pytest.raises(InputError, match=message) as error:
     train.run(config | change)
   assert '\n' not in str(error.value)
@@ -313,7 +313,7 @@ def test_the_command_names_what_is_wrong(config, monkeypatch, change, message):
 
 
 def test_the_command_writes_nowhere_else(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(training, 'init_state', lambda *_: None)
+  monkeypatch.setattr(classifying, 'init_state', lambda *_: None)
   (tmp_path / 'w').mkdir()
   (tmp_path / 'w' / 'mine.txt').write_text('keep')
   with pytest.raises(InputError, match='w is not empty'):
@@ -328,7 +328,7 @@ def test_a_run_whose_steps_come_from_its_epochs_can_be_resumed(config):
 
 
 def test_a_full_disk_is_told(config, monkeypatch):
-  monkeypatch.setattr(training, 'init_state', lambda *_: types.SimpleNamespace(step=0))
+  monkeypatch.setattr(classifying, 'init_state', lambda *_: types.SimpleNamespace(step=0))
 
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
