@@ -6,8 +6,9 @@ number per example, [B]; a map is f32[B,h,w] in [0,1], high = important. Means a
 the host by `aggregate`, from the records of real examples.
 """
 
+import array
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +44,11 @@ MAP_FIELDS = (
   'two_class_l1',
   'pointing_game',
   'energy_inside',
+)
+_AGGREGATED = (
+  *MAP_FIELDS,
+  *('success', 'confidence', 'linf', 'l2', 'out_of_set'),
+  *('nonfinite', 'zero_gradient', 'nonfinite_gradient', 'flat_map'),
 )
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -416,43 +422,62 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float] | None:
   return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
 
 
-def aggregate(rows: Sequence[Mapping[str, Any]], attacked: bool = True) -> dict[str, Any]:
+def aggregate(rows: Iterable[Mapping[str, Any]], attacked: bool = True) -> dict[str, Any]:
   """The figures of one (attack, interpreter) from its examples' records.
 
   Args:
-    rows: the records.
+    rows: the records, gone through once.
     attacked: False for clean and other images; there is no success to select by, so all their map
       figures are over all examples.
 
   Returns:
-    n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes), the map fields as means over
-    successes and `…_all` over all, linf_max, l2_mean, out_of_set and nonfinite as counts. A figure
-    with no example to go by (no success; no mask; a perturbation norm where none is defined) is
-    None. Examples that are not finite count as failures and are left out of the means.
+    n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes); the map fields as means over
+    successes, `…_median` likewise (not of the yes and no of the pointing game), `…_all` as means
+    over all; linf_max, l2_mean; out_of_set, nonfinite, zero_gradient, nonfinite_gradient and
+    flat_maps as counts. A figure with no example to go by (no success; no mask; a perturbation norm
+    where none is defined; a gradient that nobody took) is None. Examples that are not finite count
+    as failures and are left out of the means.
   """
-  finite = [r for r in rows if not r.get('nonfinite')]
-  successes = [r for r in finite if r['success']]
+  columns = {field: array.array('d') for field in _AGGREGATED}
+  for row in rows:
+    for field, column in columns.items():
+      value = row.get(field)
+      column.append(math.nan if value is None else value)
+  table = {field: np.array(column) for field, column in columns.items()}
+  everything = np.ones(len(table['success']), bool)
+  finite = table['nonfinite'] != 1
+  successes = finite & (table['success'] == 1)
+  selected = successes if attacked else finite
+  n = len(everything)
 
-  def values(chosen: Sequence[Mapping[str, Any]], field: str) -> list[float]:
-    return [r[field] for r in chosen if r.get(field) is not None]
+  def values(chosen: np.ndarray, field: str) -> np.ndarray:
+    return table[field][chosen & ~np.isnan(table[field])]
 
-  def mean(chosen: Sequence[Mapping[str, Any]], field: str) -> float | None:
+  def mean(chosen: np.ndarray, field: str) -> float | None:
     found = values(chosen, field)
-    return math.fsum(found) / len(found) if found else None
+    return math.fsum(found) / len(found) if len(found) else None
+
+  def median(field: str) -> float | None:
+    found = values(selected, field)
+    return float(np.median(found)) if len(found) else None
 
   def count(field: str) -> int | None:
-    found = values(rows, field)
-    return int(sum(found)) if found or not rows else None
+    found = values(everything, field)
+    return int(found.sum()) if len(found) or not n else None
 
   return {
-    'n': len(rows),
-    'asr': mean(rows, 'success'),
-    'asr_ci95': wilson_interval(len(successes), len(rows)),
+    'n': n,
+    'asr': mean(everything, 'success'),
+    'asr_ci95': wilson_interval(int(successes.sum()), n),
     'mc': mean(successes, 'confidence'),
-    **{field: mean(successes if attacked else finite, field) for field in MAP_FIELDS},
+    **{field: mean(selected, field) for field in MAP_FIELDS},
+    **{f'{field}_median': median(field) for field in MAP_FIELDS if field != 'pointing_game'},
     **{f'{field}_all': mean(finite, field) for field in MAP_FIELDS},
-    'linf_max': max(values(finite, 'linf'), default=None),
+    'linf_max': max(values(finite, 'linf').tolist(), default=None),
     'l2_mean': mean(finite, 'l2'),
     'out_of_set': count('out_of_set'),
     'nonfinite': count('nonfinite'),
+    'zero_gradient': count('zero_gradient'),
+    'nonfinite_gradient': count('nonfinite_gradient'),
+    'flat_maps': count('flat_map'),
   }

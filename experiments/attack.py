@@ -13,9 +13,10 @@ killed run goes on with --resume. Files and fields: see README.
 """
 
 import functools
+import operator
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from adv2_jax import api, images, metrics
 from adv2_jax.attacks import presets
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array, InputError, Key, Map
-from adv2_jax.workdir import report, store
+from adv2_jax.workdir import health, report, store
 from adv2_jax.workdir.store import (
   Workdir,
   as_records,
@@ -35,7 +36,7 @@ from adv2_jax.workdir.store import (
   image_folder,
   map_folder,
 )
-from experiments import _flags, _judge, _setup, _targets
+from experiments import _digests, _flags, _judge, _names, _setup, _targets
 
 
 class Stopwatch:
@@ -77,8 +78,24 @@ def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   return presets.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'])
 
 
+class Attacked(NamedTuple):
+  """What an attack made of a batch, padding rows and examples that are done included.
+
+  Attributes:
+    x: the 8-bit images, f32[B,H,W,C].
+    columns: more for the records, [B].
+    curves: `step` [T], and [T,B] by name.
+    spent: evaluations, passes, seconds.
+  """
+
+  x: Array
+  columns: dict[str, np.ndarray]
+  curves: dict[str, np.ndarray]
+  spent: dict[str, Any]
+
+
 class Run(NamedTuple):
-  """A run in progress."""
+  """A run in progress; its bar counts attacks: an example's of PGD, and one per interpreter."""
 
   setup: _setup.Setup
   workdir: Workdir
@@ -107,10 +124,15 @@ class Run(NamedTuple):
         judge('other', self.others(shard))
       if 'pgd' in missing:
         plain = plain or self.attack(shard, 'pgd', name, None)
-        judge('pgd', plain[0], extras=plain[1])
+        judge('pgd', plain.x, attacked=plain)
       if 'adv2' in missing:
-        x8, extras = self.attack(shard, 'adv2', name, wanted)
-        judge('adv2', x8, extras=extras)
+        found = self.attack(shard, 'adv2', name, wanted)
+        judge('adv2', found.x, attacked=found)
+
+  def attacked(self, attack: str, name: str) -> set[int]:
+    """Ids of the examples of which an attack is done; PGD serves all interpreters at once."""
+    names = self.setup.interpreters if attack == 'pgd' else [name]
+    return set.intersection(*(self.done[attack, n] for n in names))
 
   def others(self, shard: _setup.Shard) -> Array:
     """The images of `shard.other`; the example itself where there is none."""
@@ -130,20 +152,20 @@ class Run(NamedTuple):
       keys,
     )
 
-  def attack(
-    self, shard: _setup.Shard, attack: str, name: str, wanted: Map | None
-  ) -> tuple[Array, dict[str, Any]]:
+  def attack(self, shard: _setup.Shard, attack: str, name: str, wanted: Map | None) -> Attacked:
     """The 8-bit images of one attack, and what it took."""
-    config, n = self.setup.config, int(shard.is_real.sum())
-    before = 0
+    config = self.setup.config
+    n, told = len(set(shard.id.tolist()) - self.attacked(attack, name)), 0.0
 
     def on_chunk(evaluations: int, total: int, hit: np.ndarray) -> None:
-      nonlocal before
       rate = f'{np.mean(hit[shard.is_real]):.2f}'
       self.bar.set_postfix_str(f'{attack} {name} step {evaluations}/{total}, success {rate}')
-      # Rounding must not carry the sum of the shares beyond the total.
-      self.bar.update(min(n * (evaluations - before) / total, self.bar.total - self.bar.n))
-      before = evaluations
+      advance(evaluations / total)
+
+    def advance(share: float) -> None:
+      nonlocal told
+      self.bar.update(n * (share - told))
+      told = share
 
     start = self.watch.start()
     x8, history = api.attack_batch(
@@ -156,14 +178,25 @@ class Run(NamedTuple):
       on_chunk=on_chunk,
     )
     x8.block_until_ready()
-    keep = shard.is_real
-    curves = {k: v[:, keep] for k, v in history.terms._asdict().items() if k != 'penalty'}
-    return x8, {
-      'curves': {'step': history.evaluations, **curves, 'success': history.success[:, keep] * 1.0},
-      'gradient_evaluations': int(history.evaluations[-1]),
-      'network_passes': int(history.passes[-1]),
-      **self.watch.since(start),
-    }
+    advance(1.0)  # it may have ended early
+    gradient = getattr(history, 'gradient', np.ones((1, len(shard.id))))  # SHIM
+    return Attacked(
+      x8,
+      {
+        'zero_gradient': (gradient == 0).all(0),
+        'nonfinite_gradient': ~np.isfinite(gradient).all(0),
+      },
+      {
+        'step': history.evaluations,
+        **{k: v for k, v in history.terms._asdict().items() if k != 'penalty'},
+        'success': history.success * 1.0,
+      },
+      {
+        'gradient_evaluations': int(history.evaluations[-1]),
+        'network_passes': int(history.passes[-1]),
+        **self.watch.since(start),
+      },
+    )
 
   def judge(
     self,
@@ -176,13 +209,12 @@ class Run(NamedTuple):
     *,
     maps: Array | None = None,
     keys: Key | None = None,
-    extras: dict[str, Any] | None = None,
+    attacked: Attacked | None = None,
   ) -> None:
     """Scores 8-bit images and writes those examples that are not done yet."""
     keys = shard.keys if keys is None else keys
     if maps is None:
       maps = self.maps(shard, name, attack, x8, keys)
-    attacked = attack not in store.NOT_PERTURBED
     scores = _judge.score(
       self.setup.clf,
       shard.batch.x,
@@ -192,10 +224,10 @@ class Run(NamedTuple):
       clean,
       maps,
       epsilon=self.setup.config['epsilon'],
-      attacked=attacked,
+      attacked=attacked is not None,
       mask=shard.mask,
     )
-    fresh = maps[int(attacked)]
+    fresh = maps[int(attacked is not None)]
     keep = shard.is_real & ~np.isin(shard.id, list(self.done[attack, name]))
     arrays = {map_folder(attack, name): fresh, image_folder(attack, name): images.to_uint8(x8)}
     if attack == 'benign':
@@ -214,37 +246,53 @@ class Run(NamedTuple):
       )
     files = [self.setup.dataset.file(i) for i in shard.id]
     columns = {'id': shard.id, 'label': shard.label, 'target': shard.batch.target, 'file': files}
+    extras: dict[str, Any] = {}
+    if attacked:
+      columns |= attacked.columns
+      cut = {k: v if k == 'step' else v[:, keep] for k, v in attacked.curves.items()}
+      extras = {'curves': cut, **attacked.spent}
     records = as_records(scores, keep, **columns)
     kept = {folder: np.asarray(array)[keep] for folder, array in arrays.items()}
-    self.workdir.write_shard(attack, name, records, kept, **(extras or {}))
+    self.workdir.write_shard(attack, name, records, kept, **extras)
     if attacked and keep.any():
       rate = np.mean(np.asarray(scores['success'])[keep])
       self.bar.set_postfix_str(f'{attack} {name} judged, success {rate:.2f}')
 
 
-def rows(setup: _setup.Setup, workdir: Workdir, num_skipped: int) -> Iterator[dict[str, Any]]:
-  """The rows of metrics.json: one per interpreter and attack."""
+def rows(
+  setup: _setup.Setup, workdir: Workdir, num_skipped: int, seen: health.Health
+) -> Iterator[dict[str, Any]]:
+  """The rows of metrics.json: one per interpreter and attack; `seen` looks at their records."""
   for name, interpreter in setup.interpreters.items():
     for attack in attacks_on(interpreter):
-      found = workdir.shards(attack, name)
-      spent = {
-        field: combine(shard.get(field, 0) for shard in found) if found else None
-        for field, combine in (
-          ('gradient_evaluations', max),
-          ('network_passes', max),
-          ('seconds', sum),
-          ('seconds_compile', sum),
-        )
-      }
+      spent: dict[str, Any] = dict.fromkeys(SPENT)
+      found = seen.watch(attack, _passing(workdir.shards(attack, name), spent))
+      figures = metrics.aggregate(found, attack not in store.NOT_PERTURBED)
       yield {
         'interpreter': name,
         'attack': attack,
         'framework': setup.config['framework'],
         'target_map': setup.config['target_map'],
         'n_skipped': num_skipped,
-        **metrics.aggregate(workdir.records(attack, name), attack not in store.NOT_PERTURBED),
+        **figures,
         **spent,
       }
+
+
+def _passing(shards: Iterator[dict[str, Any]], spent: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """The records of shards, read one by one; what they took is put together in `spent`."""
+  for shard in shards:
+    for field, combine in SPENT.items():
+      spent[field] = combine(spent[field] or 0, shard.get(field, 0))
+    yield from shard['records']
+
+
+SPENT: dict[str, Callable[[Any, Any], Any]] = {
+  'gradient_evaluations': max,
+  'network_passes': max,
+  'seconds': operator.add,
+  'seconds_compile': operator.add,
+}
 
 
 def run(config: dict[str, Any]) -> Workdir:
@@ -253,6 +301,8 @@ def run(config: dict[str, Any]) -> Workdir:
   path, resume = config['workdir'] or default_workdir(config), config['resume']
   check_workdir(path, config, resume)
   setup = _setup.load(config)
+  digests = _digests.of_inputs(config, data=setup.dataset)
+  store.check_digests(path, config, digests)
   given = {}
   if config['target_map'] not in _targets.MAPS:
     given = _targets.read_maps(config['target_map'], config['interpreters'])
@@ -261,7 +311,7 @@ def run(config: dict[str, Any]) -> Workdir:
   if len(examples.id) < config['num_examples']:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
-  workdir = Workdir.create(path, config, resume)
+  workdir = Workdir.create(path, config, resume, digests)
   done = {
     (attack, name): workdir.done(attack, name)
     for name, interpreter in setup.interpreters.items()
@@ -272,16 +322,29 @@ def run(config: dict[str, Any]) -> Workdir:
   for name in setup.interpreters:
     done['other', name] |= whole | set(examples.id[examples.other < 0].tolist())
   left = np.flatnonzero(~np.isin(examples.id, list(whole)))
-  total = len(left) * (1 + len(setup.interpreters))
-  with tqdm.tqdm(total=total, unit='img', mininterval=1, dynamic_ncols=True) as bar:
+  with tqdm.tqdm(unit='img', mininterval=1, dynamic_ncols=True) as bar:
     bar.bar_format = '{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}'
     progress = Run(setup, workdir, done, given, bar, Stopwatch())
+    attacks = [('pgd', ''), *(('adv2', name) for name in setup.interpreters)]
+    ids = set(examples.id.tolist())
+    bar.total = len(ids) * len(attacks)
+    bar.initial = bar.n = sum(len(ids & progress.attacked(*which)) for which in attacks)
     for shard in _setup.shards(setup, examples, left):
       progress.one_shard(shard)
-  found = list(rows(setup, workdir, examples.num_skipped))
-  workdir.finish(found, _judge.environment(config), setup.dataset.class_names)
+  seen = health.Health()
+  found = list(rows(setup, workdir, examples.num_skipped, seen))
+  told = seen.found(
+    getattr(examples, 'num_seen', 0),
+    getattr(examples, 'num_correct', 0),
+    getattr(setup.dataset, 'omitted', {}),
+  )  # SHIM
+  workdir.finish(found, _judge.environment(config), _names.of(setup), told)
+  page = report.write_report(workdir.path)
+  # All is on disk before anything is said: whoever reads it may have gone.
+  for line in health.sentences(told):
+    print(line, file=sys.stderr)
   print(_judge.table(found))
-  print(report.write_report(workdir.path))
+  print(page)
   return workdir
 
 

@@ -1,12 +1,21 @@
-"""The report's figures, as matplotlib `Figure`s without pyplot's global state."""
+"""The report's figures, as matplotlib `Figure`s without pyplot's global state.
 
-from collections.abc import Mapping, Sequence
+What is drawn and saved within `style` looks the same for every user, and no text of a user is taken
+for mathematics.
+"""
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from adv2_jax.workdir.store import NOT_PERTURBED
@@ -34,6 +43,7 @@ GRID = '#80808040'
 _STYLE: Any = {
   'font.size': 10,
   'font.family': ['DejaVu Sans'],
+  'text.parse_math': False,
   'axes.titlesize': 11,
   'axes.titleweight': 'bold',
   'axes.titlelocation': 'left',
@@ -55,9 +65,22 @@ _STYLE: Any = {
 _LINES = ('-', '--', ':', '-.')
 
 
-def style() -> Any:
-  """The context in which the figures are made and saved."""
-  return matplotlib.rc_context(_STYLE)
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+  """The context in which figures are made and saved; a user's matplotlibrc does not reach it."""
+  with matplotlib.rc_context(), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing from')  # of a class's name; boxes are drawn
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(_STYLE)
+    yield
+
+
+def png(figure: Figure) -> bytes:
+  """The figure as a PNG file, the same bytes every time."""
+  buffer = io.BytesIO()
+  with style():
+    figure.savefig(buffer, format='png', facecolor='white', metadata={'Software': None})
+  return buffer.getvalue()
 
 
 def colour(attack: str) -> str:
@@ -97,13 +120,18 @@ def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | 
       y = top + row * (side + caption) + caption
       axis.imshow(panel.image, extent=(x, x + side, y + side, y), interpolation='nearest')
       ink = colour(panel.attack) if panel.attack else INK
-      axis.text(x, y - 0.03, panel.caption, fontsize=6.5, color=ink, va='bottom')
+      axis.text(x, y - 0.03, _short(panel.caption), fontsize=6.5, color=ink, va='bottom')
   axis.set(xlim=(0, width), ylim=(height, 0))
   return figure
 
 
+def _short(caption: str, width: int = 34) -> str:
+  """What fits above a picture: a long name loses its middle, not the figures after it."""
+  return caption if len(caption) <= width else f'{caption[: width - 15]}…{caption[-14:]}'
+
+
 _CURVES = {
-  'success': ('Success rate', 'linear'),
+  'success': ('Success rate now; dot: as delivered', 'linear'),
   'prediction': ('Prediction loss', 'log'),
   'interpretation': ('Interpretation loss', 'log'),
 }
@@ -111,14 +139,39 @@ _CURVES = {
 FLOOR = 1e-3  # a hinged loss reaches 0, which a logarithmic axis cannot show
 
 
-def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figure:
-  """Success and both losses over gradient evaluations.
+def log_axis(axis: Axis) -> None:
+  """A logarithmic axis with plain numbers, at two places or more, whatever its range."""
+  axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
+  low, high = axis.get_view_interval()
+  marks = [
+    m * 10.0**k
+    for k in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for m in (1, 2, 5)
+  ]
+  decades = marks[::3]
+  if sum(low <= mark <= high for mark in decades) > 2:
+    marks = decades
+  while sum(low <= mark <= high for mark in marks) < 2:  # the nearest one comes into view
+    below, above = max(m for m in marks if m < low), min(m for m in marks if m > high)
+    low, high = (below, high) if low / below < above / high else (low, above)
+    axis.axes.set(**{f'{axis.axis_name}lim': (low, high)})
+  axis.set_major_locator(matplotlib.ticker.FixedLocator(marks))
+  axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
+  axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
-  Colour is the attack, line style the interpreter. A quantity that no run recorded is left out.
+
+def curves(
+  history: Mapping[str, Mapping[str, Sequence[float | None]]], rows: Sequence[Mapping[str, Any]]
+) -> Figure:
+  """Success and both losses of the current image, over gradient evaluations.
+
+  Colour is the attack, line style the interpreter; a dot at a line's end is the success of the
+  images delivered, from the table's rows. A quantity that no run recorded is left out.
   """
   names = [n for n in _CURVES if any(_known(c.get(n, ())) for c in history.values())]
   names = names or ['success']
   interpreters = list(dict.fromkeys(key.partition('/')[2] for key in history))
+  delivered = {f'{row["attack"]}/{row["interpreter"]}': row.get('asr') for row in rows}
   figure = Figure(figsize=(max(5, 3.6 * len(names)), 3.7), dpi=140, layout='constrained')
   axes = figure.subplots(1, len(names), squeeze=False)[0]
   for axis, name in zip(axes, names, strict=False):
@@ -140,14 +193,12 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Figur
           linewidth=2,
           label=f'{label(attack)} · {interpreter.upper()}',
         )
+      if name == 'success' and delivered.get(key) is not None:
+        end = curve['step'][-1], delivered[key]
+        axis.plot(*end, 'o', color=colour(attack), markersize=7, markeredgecolor='white')
     axis.set_title(title)
-    axis.set_yscale(scale)
-    if scale == 'log':
-      low, high = axis.get_ylim()
-      subs = (1, 2, 5) if high < 50 * low else (1,)
-      axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-      axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f'{v:g}'))
-      axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    if scale == 'log' and axis.lines:
+      log_axis(axis.yaxis)
     axis.set_xlabel('gradient evaluations per example')
     axis.set_xlim(left=0)
     if name == 'success':
@@ -206,12 +257,12 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
   return figure
 
 
-def scatter(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-  """Each example's map L1 under PGD (across) and under ADV² (up), one panel per interpreter."""
+def scatter(pairs: Mapping[str, np.ndarray]) -> Figure:
+  """Each example's map L1 [n,2] under PGD (across) and under ADV² (up), a panel per interpreter."""
   figure = Figure(figsize=(max(5.0, 3.2 * len(pairs)), 3.5), dpi=140, layout='constrained')
   axes = figure.subplots(1, max(1, len(pairs)), squeeze=False)[0]
   for axis, (interpreter, points) in zip(axes, pairs.items(), strict=False):
-    across, up = np.array(points).T
+    across, up = points.T
     top = 1.05 * max(across.max(), up.max(), 1e-3)
     axis.plot([0, top], [0, top], color=INK, linewidth=0.8, linestyle=':')
     axis.scatter(across, up, s=22, alpha=0.65, color=colour('adv2'), linewidths=0)

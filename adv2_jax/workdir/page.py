@@ -17,8 +17,9 @@ import numpy as np
 import PIL.Image
 from matplotlib.figure import Figure
 
-from adv2_jax.workdir import figures
+from adv2_jax.workdir import figures, health
 from adv2_jax.workdir.results import Results
+from adv2_jax.workdir.store import readable
 
 _PICTURE_SIDE = 224  # larger pictures are shrunk for the page
 
@@ -76,13 +77,14 @@ _TABLE = (
     'map L1',
     _three,
     'Mean absolute difference between the map the analyst sees and the target map; 0 is '
-    'identical, lower is better hidden.',
+    'identical, lower is better hidden. Below it the median, which single failures do not move.',
   ),
   _Column(
     'map_iou',
     'map IoU',
     _three,
-    'Overlap of the most important fifth of the two maps; 1 is identical, higher is better hidden.',
+    'Overlap of the most important fifth of the two maps; 1 is identical, higher is better hidden. '
+    'Below it the median.',
   ),
   _Column(
     'map_spearman',
@@ -154,6 +156,8 @@ _TABLE = (
   ),
 )
 
+_WITH_MEDIAN = ('map_l1', 'map_iou')
+
 _ZERO = {
   'out_of_set': 'No image breaks the perturbation limit.',
   'nonfinite': 'Every value is a finite number.',
@@ -167,6 +171,7 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
   sections = [
     f'<header><h1>{_e(title)}</h1><p class="lead">{_lead(results)}</p></header>',
     f'<div class="cards">{"".join(_cards(results))}</div>',
+    _section('Worth knowing', _health(results)),
     _section('Results', _table(results)),
     _section('What the analyst sees', ''.join(_html_gallery(g) for g in galleries.values())),
   ]
@@ -178,8 +183,9 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
     ),
     'curves': (
       'The attack over time',
-      'Means over all images, at each gradient evaluation. The interpretation loss is in the unit '
-      'of its interpreter.',
+      'Lines: means over all images as they are at each gradient evaluation; an attack delivers '
+      'the best of its images, not the last. Dots: the success of those delivered, as in the table. '
+      'The interpretation loss is in the unit of its interpreter.',
     ),
     'scatter': (
       'Image by image',
@@ -200,7 +206,7 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
 
 
 def _e(value: Any) -> str:
-  return html.escape(str(value))
+  return html.escape(readable(str(value)))
 
 
 def _section(heading: str, content: str) -> str:
@@ -224,6 +230,11 @@ def _lead(results: Results) -> str:
     'map the analyst expects. All figures are for the saved 8-bit images, the real network and '
     f'freshly computed maps.{more if skipped else ""}'
   )
+
+
+def _health(results: Results) -> str:
+  found = ''.join(f'<li>{_e(line)}</li>' for line in health.sentences(results.health))
+  return f'<ul>{found}</ul>' if found else ''
 
 
 def _cards(results: Results) -> Iterator[str]:
@@ -281,6 +292,8 @@ def _cell(column: _Column, row: Mapping[str, Any]) -> str:
   interval = row.get('asr_ci95')
   if column.field == 'asr' and interval:
     text += f'<small>{100 * interval[0]:.1f}–{100 * interval[1]:.1f}</small>'
+  if column.field in _WITH_MEDIAN and (median := row.get(f'{column.field}_median')) is not None:
+    text += f'<small>{column.form(median)}</small>'
   return text
 
 

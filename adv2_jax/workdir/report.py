@@ -1,9 +1,10 @@
 """`report.html` and `figures/*.png` of a working directory, from the files in it alone."""
 
-import io
+import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,18 +27,22 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     StoreError: there is no finished run, or the disk is full.
   """
   results = read_results(workdir)
+  results = results._replace(rows=[r for r in results.rows if r.get('n') != 0])
   galleries = {name: _gallery(results, name) for name in results.interpreters}
-  with figures.style(), store.writing(results.path):
-    drawn = dict(_figures(results))
-    for name, found in galleries.items():
-      if found.rows:
-        title = f'{name.upper()}: what the analyst sees'
-        save_figure(
-          results.path, f'gallery-{name}', figures.gallery(title, found.columns, found.rows)
-        )
-    for name, figure in drawn.items():
-      save_figure(results.path, name, figure)
-    svgs = {name: page.inline_svg(figure, name) for name, figure in drawn.items()}
+  pngs, svgs = {}, {}
+  for name, draw in _figures(results, galleries).items():
+    try:
+      with figures.style():
+        figure = draw()
+        pngs[name] = figures.png(figure)
+        if not name.startswith('gallery-'):  # the page has its own
+          svgs[name] = page.inline_svg(figure, name)
+    except Exception as error:  # whatever a drawing trips over, the table is worth more
+      reason = ' '.join(str(error).split())
+      print(f'figures/{name}.png could not be drawn: {reason}', file=sys.stderr)
+  with store.writing(results.path):
+    for name, content in pngs.items():
+      images.write_atomic(results.path / 'figures' / f'{name}.png', content)
     text = page.render(results, galleries, svgs)
     images.write_atomic(results.path / 'report.html', text.encode())
   return results.path / 'report.html'
@@ -45,30 +50,39 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 def save_figure(path: pathlib.Path, name: str, figure: Figure) -> None:
   """Writes figures/<name>.png of a working directory, the whole file or nothing."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', facecolor='white', metadata={'Software': None})
-  images.write_atomic(path / 'figures' / f'{name}.png', buffer.getvalue())
+  images.write_atomic(path / 'figures' / f'{name}.png', figures.png(figure))
 
 
-def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
+def _figures(
+  results: Results, galleries: Mapping[str, page.Gallery]
+) -> dict[str, Callable[[], Figure]]:
+  """What there is to draw, by the file's name."""
+  found: dict[str, Callable[[], Figure]] = {}
+  for name, gallery in galleries.items():
+    if gallery.rows:
+      title = f'{name.upper()}: what the analyst sees'
+      found[f'gallery-{name}'] = functools.partial(
+        figures.gallery, title, gallery.columns, gallery.rows
+      )
   if any(r['attack'] in ('pgd', 'adv2', 'adv2_joint') for r in results.rows):
-    yield 'maps', figures.bars(results.rows)
+    found['maps'] = functools.partial(figures.bars, results.rows)
   if results.curves:
-    yield 'curves', figures.curves(results.curves)
+    found['curves'] = functools.partial(figures.curves, results.curves, results.rows)
   pairs = {name: _pgd_against_adv2(results, name) for name in results.interpreters}
-  if any(pairs.values()):
-    yield 'scatter', figures.scatter({name: p for name, p in pairs.items() if p})
-
-
-def _pgd_against_adv2(results: Results, interpreter: str) -> list[tuple[float, float]]:
-  found = []
-  for i in results.ids(interpreter):
-    pgd, adv2 = (
-      results.examples.get((a, interpreter, i), {}).get('map_l1') for a in ('pgd', 'adv2')
-    )
-    if pgd is not None and adv2 is not None:
-      found.append((pgd, adv2))
+  if any(len(p) for p in pairs.values()):
+    chosen = {name: p for name, p in pairs.items() if len(p)}
+    found['scatter'] = functools.partial(figures.scatter, chosen)
   return found
+
+
+def _pgd_against_adv2(results: Results, interpreter: str) -> np.ndarray:
+  """[n,2]: the map L1 of each example that has both."""
+  pgd, adv2 = (results.examples.get((a, interpreter)) for a in ('pgd', 'adv2'))
+  if pgd is None or adv2 is None:
+    return np.empty((0, 2))
+  _, a, b = np.intersect1d(pgd['id'], adv2['id'], return_indices=True)
+  both = np.stack([pgd['map_l1'][a], adv2['map_l1'][b]], axis=1)
+  return both[np.isfinite(both).all(1)]
 
 
 def _gallery(results: Results, interpreter: str) -> page.Gallery:
@@ -76,7 +90,7 @@ def _gallery(results: Results, interpreter: str) -> page.Gallery:
 
   The first ones; of a shuffled run some from all over the data set, which may be sorted by class.
   """
-  present = {a for a, name, _ in results.examples if name == interpreter}
+  present = {a for a, name in results.examples if name == interpreter}
   attacks = [a for a in ('benign', 'pgd', 'adv2', 'adv2_joint') if a in present]
   ids, choice = results.ids(interpreter), 'The first {} images in data-set order, not chosen ones.'
   if results.config.get('shuffle'):
@@ -106,7 +120,7 @@ def _gallery(results: Results, interpreter: str) -> page.Gallery:
 
 def _seen(results: Results, attack: str, interpreter: str, i: int) -> str:
   """The class that is predicted, with p(target)."""
-  example = results.examples.get((attack, interpreter, i), {})
+  example = results.example(attack, interpreter, i)
   name, p = results.class_name(example.get('prediction')), example.get('confidence')
   if p is None or attack == 'benign':
     return name
@@ -130,7 +144,7 @@ def _heat(
     return panels
   heats = overlay(np.stack([under[k] for k in both]), np.stack([maps[k] for k in both]))  # type: ignore[misc]
   for k, heat in zip(both, heats, strict=True):
-    example = results.examples.get((attack, interpreter, ids[k]), {})
+    example = results.example(attack, interpreter, ids[k])
     text = ''
     if attack not in ('benign', 'target') and {'map_l1', 'map_iou'} <= example.keys():
       text = f'L1 {example["map_l1"]:.3f} · IoU {example["map_iou"]:.2f}'

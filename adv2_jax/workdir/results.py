@@ -1,7 +1,7 @@
 """What a finished run left in its working directory, read back from the files alone."""
 
+import array
 import csv
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adv2_jax import images
+from adv2_jax.validate import user_path
 from adv2_jax.workdir import store
 
 _NUMBERS = ('id', 'label', 'target', 'prediction', 'confidence', 'success', 'map_l1', 'map_iou')
 
 
 class Results(NamedTuple):
-  """What a finished run left: its table, its examples, its curves."""
+  """What a finished run left: its table, its examples, its curves.
+
+  Attributes:
+    path: the working directory.
+    config: every flag.
+    environment: versions, devices, commit.
+    rows: of the table.
+    class_names: by the class's number, of those that occur.
+    health: see `health.Health`; {} of an older run.
+    examples: (attack, interpreter) -> field -> f64[n], in the order of ids; NaN where it is empty.
+    curves: '<attack>/<interpreter>' -> name -> [T].
+  """
 
   path: pathlib.Path
   config: Mapping[str, Any]
   environment: Mapping[str, Any]
   rows: Sequence[Mapping[str, Any]]
   class_names: Mapping[str, str]
-  examples: Mapping[tuple[str, str, int], Mapping[str, float]]  # by (attack, interpreter, id)
+  health: Mapping[str, Any]
+  examples: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
   curves: Mapping[str, Mapping[str, Sequence[float | None]]]
 
   @property
@@ -38,11 +51,23 @@ class Results(NamedTuple):
 
   def ids(self, interpreter: str) -> list[int]:
     """Examples this interpreter has looked at, in data-set order."""
-    return sorted({i for _, name, i in self.examples if name == interpreter})
+    found = [table['id'] for (_, name), table in self.examples.items() if name == interpreter]
+    return np.unique(np.concatenate(found)).astype(int).tolist() if found else []
+
+  def example(self, attack: str, interpreter: str, i: int) -> dict[str, float]:
+    """Its line of examples.csv, {field: number}, empty fields left out; {} when there is none."""
+    table = self.examples.get((attack, interpreter), {'id': np.empty(0)})
+    place = np.searchsorted(table['id'], i)
+    if not np.array_equal(table['id'][place : place + 1], [i]):
+      return {}
+    line = {field: float(column[place]) for field, column in table.items()}
+    return {field: value for field, value in line.items() if not np.isnan(value)}
 
   def class_name(self, label: float | None) -> str:
     """The class's name where known, else its number."""
-    return '' if label is None else self.class_names.get(str(int(label)), f'class {int(label)}')
+    if label is None:
+      return ''
+    return store.readable(self.class_names.get(str(int(label)), f'class {int(label)}'))
 
   def image(self, attack: str, interpreter: str, example: int) -> np.ndarray | None:
     """u8[H,W,3] or None."""
@@ -61,24 +86,33 @@ def read_results(workdir: str | os.PathLike) -> Results:
   Raises:
     StoreError: there is no finished run.
   """
-  path = pathlib.Path(workdir)
+  path = user_path(workdir)
   metrics = store.read_json(
     path / 'metrics.json', 'has no metrics.json: the run is not finished; go on with it by --resume'
   )
   history = path / 'history.json'
-  with open(path / 'examples.csv', newline='', encoding='utf-8') as file:
-    lines = list(csv.DictReader(file))
   return Results(
     path=path,
     config=metrics.get('config', {}),
     environment=metrics.get('environment', {}),
     rows=metrics['rows'],
     class_names=metrics.get('class_names', {}),
-    examples={
-      (line['attack'], line['interpreter'], int(line['id'])): {
-        name: float(line[name]) for name in _NUMBERS if line[name]
-      }
-      for line in lines
-    },
-    curves=json.loads(history.read_text(encoding='utf-8'))['curves'] if history.exists() else {},
+    health=metrics.get('health', {}),
+    examples=_read_examples(path / 'examples.csv'),
+    curves=store.read_json(history, 'is damaged')['curves'] if history.exists() else {},
   )
+
+
+def _read_examples(path: pathlib.Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+  columns: dict[tuple[str, str], dict[str, array.array]] = {}
+  with open(path, newline='', encoding='utf-8') as file:
+    for line in csv.DictReader(file):
+      kind = columns.setdefault(
+        (line['attack'], line['interpreter']), {name: array.array('d') for name in _NUMBERS}
+      )
+      for name, column in kind.items():
+        column.append(float(line[name] or 'nan'))
+  return {
+    kind: {name: np.array(column) for name, column in table.items()}
+    for kind, table in columns.items()
+  }

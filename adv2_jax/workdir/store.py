@@ -6,12 +6,13 @@ its place, and the record `shards/<key>.json` last of all. So an example counts 
 record is there. A run killed before the staging was complete leaves nothing of the shard; killed
 after it, the next `create` finishes the renaming.
 
-    config.json                          every flag, written first
+    config.json                          every flag, and digests of the input; written first
     shards/<attack>-<interpreter>-<id>.json   per-example records; <id> is the shard's first example
     examples/…/<id>.png, maps/…/<id>.npy, flows/…/<id>.npy
     examples.csv, metrics.json, history.json   assembled from the records at the end
 """
 
+import collections
 import contextlib
 import csv
 import datetime
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ import numpy as np
 
 from adv2_jax import images
 from adv2_jax.types import InputError
+from adv2_jax.validate import user_path
 
 ATTACKS = ('benign', 'again', 'other', 'pgd', 'adv2', 'adv2_joint')
 NOT_PERTURBED = ('benign', 'again', 'other')  # rows of images that nobody attacked
@@ -95,6 +98,15 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   """`runs/<date-time>-<config hash>`."""
   return pathlib.Path('runs') / f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{config_hash(config)}'
+
+
+def readable(text: str) -> str:
+  """A user's text (a class, a file) as every table, page and figure shows it.
+
+  Half a surrogate pair, which stands for a byte of a file name that is not UTF-8 and cannot be
+  written, and control characters become �.
+  """
+  return re.sub('[\x00-\x1f\x7f-\x9f\ud800-\udfff]', '\ufffd', text)
 
 
 def plain(value: Any) -> Any:
@@ -167,7 +179,11 @@ class Workdir(NamedTuple):
 
   @classmethod
   def create(
-    cls, path: str | os.PathLike, config: Mapping[str, Any], resume: bool = False
+    cls,
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    resume: bool = False,
+    digests: Mapping[str, str] | None = None,
   ) -> 'Workdir':
     """Starts a run in a new directory, or goes on with the one that is there.
 
@@ -177,37 +193,42 @@ class Workdir(NamedTuple):
       path: the directory; made if it does not exist.
       config: every flag.
       resume: allow a directory that already holds a run of the same config.
+      digests: of each input whose content counts, by its flag; see `check_digests`.
 
     Raises:
-      StoreError: see `check_workdir`.
+      StoreError: see `check_workdir` and `check_digests`.
     """
     check_workdir(path, config, resume)
+    check_digests(path, config, digests or {})
     workdir = cls(_normal(path), plain(config))
-    workdir.write_json('config.json', config)
+    workdir.write_json('config.json', {**config, 'digests': digests} if digests else config)
     with writing(workdir.path):
       workdir._recover()
     return workdir
 
+  def kinds(self) -> list[tuple[str, str]]:
+    """(attack, interpreter) of which there are shards, in the order of the tables."""
+    found = {_kind(file) for file in (self.path / 'shards').glob('[!.]*.json')}
+    rank = {attack: n for n, attack in enumerate(ATTACKS)}
+    return sorted(found, key=lambda kind: (rank.get(kind[0], len(rank)), *kind))
+
   def done(self, attack: str, interpreter: str) -> set[int]:
     """Ids of the examples that are finished; whatever batches they were done in."""
-    return {record['id'] for record in self.records(attack, interpreter)}
+    return {r['id'] for shard in self.shards(attack, interpreter) for r in shard['records']}
 
   def records(self, attack: str, interpreter: str) -> list[dict[str, Any]]:
     """The finished examples' records, in the order of their ids."""
     found = [r for shard in self.shards(attack, interpreter) for r in shard['records']]
     return sorted(found, key=lambda record: record['id'])
 
-  def shards(self, attack: str, interpreter: str) -> list[dict[str, Any]]:
-    """What `write_shard` was given, per finished shard: attack, interpreter, records, extras."""
-    return [
-      shard
-      for shard in self._all_shards()
-      if (shard['attack'], shard['interpreter']) == (attack, interpreter)
-    ]
+  def shards(self, attack: str, interpreter: str) -> Iterator[dict[str, Any]]:
+    """What `write_shard` was given, per finished shard: attack, interpreter, records, extras.
 
-  def _all_shards(self) -> list[dict[str, Any]]:
-    files = sorted((self.path / 'shards').glob('[!.]*.json'))
-    return [read_json(file, 'is damaged; remove it and run again with --resume') for file in files]
+    Read one by one, those of this kind alone: a run may have many, with their curves.
+    """
+    for file in sorted((self.path / 'shards').glob('[!.]*.json')):
+      if _kind(file) == (attack, interpreter):
+        yield read_json(file, 'is damaged; remove it and run again with --resume')
 
   def write_shard(
     self,
@@ -225,7 +246,7 @@ class Workdir(NamedTuple):
       records: one dict per example with at least 'id'; see `as_records`.
       arrays: folder → one array per record, in the same order: u8[n,H,W,3] becomes
         `<folder>/<id>.png`, anything else `<folder>/<id>.npy` in float32.
-      **extras: what else to keep with the shard, such as seconds or curves (see `write_history`).
+      **extras: what else to keep with the shard, such as seconds or curves (see `finish`).
 
     Raises:
       StoreError: it cannot be written; nothing stands under the final names.
@@ -281,62 +302,48 @@ class Workdir(NamedTuple):
     with writing(self.path):
       images.write_atomic(self.path / name, _json_bytes(value))
 
-  def write_history(self) -> None:
-    """Writes `history.json`: the curves of all shards, as means over examples.
-
-    A shard that has them was written with `curves={'step': [T], name: [T][n], …}`, per-example
-    values at `step` gradient evaluations. A shard that stopped early is continued by its last
-    values, because a finished example is held still.
-    """
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for shard in self._all_shards():
-      if shard.get('curves'):
-        by_name.setdefault(f'{shard["attack"]}/{shard["interpreter"]}', []).append(shard['curves'])
-    self.write_json('history.json', {'curves': {k: _pool(v) for k, v in sorted(by_name.items())}})
-
   def finish(
     self,
     rows: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
+    health: Mapping[str, Any] | None = None,
   ) -> None:
     """Writes `examples.csv`, `history.json` and `metrics.json`; the last one ends the run.
+
+    The curves are means over examples. A shard that has them was written with `curves={'step': [T],
+    name: [T][n], …}`, per-example values at `step` gradient evaluations; between these, and after
+    the last one, the last value is held, because a finished example is held still.
 
     Args:
       rows: one per (attack, interpreter), see `metrics.aggregate`.
       environment: versions, devices, commit.
       class_names: of the data set; those that occur are kept, for the report.
+      health: see `health.Health`.
     """
-    self.write_history()
-    examples = self.examples()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(CSV_FIELDS)
-    for record in examples:
-      writer.writerow([_csv(record.get(field)) for field in CSV_FIELDS])
+    lines: dict[int, str] = collections.defaultdict(str)  # an example's, in the order of `kinds`
+    curves: dict[str, dict[str, Any]] = {}
+    seen: set[int | None] = set()
+    for attack, interpreter in self.kinds():
+      sums = _Curves()
+      for shard in self.shards(attack, interpreter):
+        for record in shard['records']:
+          whole = {'attack': attack, 'interpreter': interpreter, **record}
+          lines[record['id']] += _csv_line([whole.get(field) for field in CSV_FIELDS])
+          seen |= {record.get(field) for field in ('label', 'target', 'prediction')}
+        if shard.get('curves'):
+          sums.add(shard['curves'])
+      if found := sums.means():
+        curves[f'{attack}/{interpreter}'] = found
+    self.write_json('history.json', {'curves': dict(sorted(curves.items()))})
+    text = _csv_line(CSV_FIELDS) + ''.join(lines[i] for i in sorted(lines))
     with writing(self.path):
-      images.write_atomic(self.path / 'examples.csv', text.getvalue().encode())
-    seen = {record.get(field) for record in examples for field in ('label', 'target', 'prediction')}
-    names = {k: name for k, name in enumerate(class_names or ()) if k in seen}
-    self.write_json(
-      'metrics.json',
-      {'config': self.config, 'environment': environment, 'rows': rows, 'class_names': names},
-    )
-
-  def examples(self) -> list[dict[str, Any]]:
-    """All records with their attack and interpreter, by id, attack and interpreter."""
-    found = [
-      {'attack': shard['attack'], 'interpreter': shard['interpreter'], **record}
-      for shard in self._all_shards()
-      for record in shard['records']
-    ]
-
-    def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
-      attack = record['attack']
-      rank = ATTACKS.index(attack) if attack in ATTACKS else len(ATTACKS)
-      return record['id'], rank, attack, record['interpreter']
-
-    return sorted(found, key=order)
+      images.write_atomic(self.path / 'examples.csv', text.encode())
+    names = {k: readable(name) for k, name in enumerate(class_names or ()) if k in seen}
+    found = {'config': self.config, 'environment': environment, 'rows': rows}
+    if health is not None:
+      found['health'] = health
+    self.write_json('metrics.json', {**found, 'class_names': names})
 
 
 def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:
@@ -375,15 +382,43 @@ def check_workdir(
 
 
 def _normal(path: str | os.PathLike) -> pathlib.Path:
-  """Without '..', or a/../b would be another directory once `a` is made."""
-  return pathlib.Path(os.path.normpath(path))
+  """'~' expanded; without '..', or a/../b would be another directory once `a` is made."""
+  return pathlib.Path(os.path.normpath(user_path(path)))
+
+
+def read_digests(path: str | os.PathLike) -> dict[str, str]:
+  """What `create` was given; {} of a directory without a run, or of one that has none."""
+  file = _normal(path) / 'config.json'
+  return read_json(file, 'is damaged').get('digests', {}) if file.exists() else {}
+
+
+def check_digests(
+  path: str | os.PathLike, config: Mapping[str, Any], digests: Mapping[str, str]
+) -> None:
+  """Whether the run in `path`, if there is one, was made with the same content of its inputs.
+
+  To be asked before any work; nothing is written. An input whose digest is not known on both sides
+  (an older run has none) is taken for the same.
+
+  Raises:
+    StoreError: an input has changed; the message names it.
+  """
+  old_ones = read_digests(path)
+  # The data last: masks belong to it, and say better what it is.
+  for name, old in sorted(old_ones.items(), key=lambda item: (item[0] == 'data', item)):
+    if digests.get(name, old) != old:
+      value = config.get('data_path' if name == 'data' else name)
+      raise StoreError(
+        f'{name}{f" {value}" if value else ""} changed since the run in {_normal(path)} was made: '
+        'put it back as it was, or start anew in another --workdir'
+      )
 
 
 def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   old = read_json(
     path / 'config.json', 'holds no run that could be resumed; choose another --workdir'
   )
-  for name in sorted((old.keys() | config.keys()) - FREE_FLAGS):
+  for name in sorted((old.keys() | config.keys()) - FREE_FLAGS - {'digests'}):
     if old.get(name) != config.get(name):
       raise StoreError(
         f'workdir {path} was made with --{name} {old.get(name)!r}, now it is '
@@ -404,16 +439,54 @@ def _write_array(stem: pathlib.Path, value: np.ndarray) -> None:
     os.fsync(file.fileno())
 
 
-def _pool(curves: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-  steps = max((c['step'] for c in curves), key=len)
+class _Curves:
+  """The curves of one kind's shards, summed up shard by shard."""
 
-  def mean_at(name: str, t: int) -> float | None:
-    columns = (c[name][min(t, len(c[name]) - 1)] for c in curves)
-    values = [v for column in columns for v in column if v is not None]
-    return float(f'{math.fsum(values) / len(values):.6g}') if values else None
+  def __init__(self):
+    self.steps = np.empty(0, int)
+    self.sums: dict[str, np.ndarray] = {}  # name -> f64[2,T]: sum and number of values
 
-  names = [name for name in curves[0] if name != 'step']
-  return {'step': steps, **{n: [mean_at(n, t) for t in range(len(steps))] for n in names}}
+  def add(self, curves: Mapping[str, Any]) -> None:
+    """Another shard's, {'step': [T], name: [T][n]}; None is no value."""
+    own = np.array(curves['step'], int)
+    both = np.union1d(self.steps, own)
+    for name, values in curves.items():
+      if name == 'step':
+        continue
+      column = np.array(values, float).reshape(len(own), -1)
+      known = np.isfinite(column)
+      sums = [math.fsum(row[is_known]) for row, is_known in zip(column, known, strict=True)]
+      before = self.sums.get(name, np.zeros((2, len(self.steps))))
+      new = np.array([sums, known.sum(1)])
+      self.sums[name] = _held(self.steps, before, both) + _held(own, new, both)
+    self.steps = both
+
+  def means(self) -> dict[str, list[Any]]:
+    """{'step': [T], name: [T]} over examples; None where no example has a value."""
+    if not self.sums:
+      return {}
+    found: dict[str, list[Any]] = {'step': self.steps.tolist()}
+    for name, (total, n) in self.sums.items():
+      found[name] = [float(f'{a / b:.6g}') if b else None for a, b in zip(total, n, strict=True)]
+    return found
+
+
+def _held(steps: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+  """values [2,T], known at `steps`, at other steps: the last one held, 0 before the first."""
+  padded = np.pad(values, ((0, 0), (1, 0)))
+  return padded[:, np.searchsorted(steps, at, side='right')]
+
+
+def _kind(file: pathlib.Path) -> tuple[str, str]:
+  """(attack, interpreter) of a shard, by its name."""
+  attack, _, rest = file.stem.partition('-')
+  return attack, rest.rpartition('-')[0]
+
+
+def _csv_line(values: Sequence[Any]) -> str:
+  text = io.StringIO()
+  csv.writer(text, lineterminator='\n').writerow([_csv(value) for value in values])
+  return text.getvalue()
 
 
 def _csv(value: Any) -> str:
@@ -421,4 +494,4 @@ def _csv(value: Any) -> str:
     return ''
   if isinstance(value, bool):
     return str(int(value))
-  return f'{value:.6g}' if isinstance(value, float) else str(value)
+  return f'{value:.6g}' if isinstance(value, float) else readable(str(value))
