@@ -1,5 +1,6 @@
 """What the classes of a run are called in its report, where that can be known."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -12,9 +13,12 @@ from adv2_jax.validate import user_path
 from adv2_jax.weights import zoo
 from experiments import _setup
 
-CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-INDEX = 'imagenet_class_index.json'  # {number: [wnid, name]}, as Keras and torchvision ship it
+INDEX = 'imagenet_class_index.json'  # {number: [wnid, name]}, as Keras has it
 LIST = 'classes.txt'  # a name per line
+CIFAR10 = (
+  *('airplane', 'automobile', 'bird', 'cat', 'deer'),
+  *('dog', 'frog', 'horse', 'ship', 'truck'),
+)
 
 
 def of(setup: _setup.Setup) -> Sequence[str] | None:
@@ -33,21 +37,22 @@ def _known(setup: _setup.Setup) -> Iterator[Sequence[str]]:
   places = [weights, *([user_path(config['data_path'])] if config['data_path'] else [])]
   for place in places:
     yield from beside(place)
-  if any(
-    re.match('cifar.?10(?!0)', text) for text in (config['dataset'], *(p.stem for p in places))
-  ):
+  if any(re.match('cifar.?10(?!0)', place.stem) for place in places):
     yield CIFAR10
 
 
 def beside(path: pathlib.Path) -> Iterator[Sequence[str]]:
-  """The names in the files of `path`, or of the folder it lies in; what cannot be read is none."""
+  """The names in files in `path`, or in the folder it lies in; one that cannot be read has none."""
   for folder in (path, path.parent) if path.is_dir() else (path.parent,):
-    try:
-      index = json.loads((folder / INDEX).read_text(encoding='utf-8'))
-      yield [index[str(i)][1].replace('_', ' ') for i in range(len(index))]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-      pass
-    try:
-      yield (folder / LIST).read_text(encoding='utf-8-sig').rstrip().splitlines()
-    except (OSError, ValueError):
-      pass
+    for read in (_index, _list):
+      with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        yield read(folder)
+
+
+def _index(folder: pathlib.Path) -> Sequence[str]:
+  index = json.loads((folder / INDEX).read_text(encoding='utf-8'))
+  return [str(index[str(i)][1]).replace('_', ' ') for i in range(len(index))]
+
+
+def _list(folder: pathlib.Path) -> Sequence[str]:
+  return (folder / LIST).read_text(encoding='utf-8-sig').rstrip().splitlines()

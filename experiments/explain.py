@@ -12,7 +12,6 @@ on.
 
 import csv
 import io
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,18 +23,18 @@ import tqdm
 from adv2_jax import images, metrics, overlay
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
-from adv2_jax.types import Array, Image, InputError, Key, Label, Map
-from adv2_jax.weights import files as weight_files
+from adv2_jax.types import Array, Image, Key, Label, Map
 from adv2_jax.workdir import figures
 from adv2_jax.workdir.store import (
-  RESUME,
-  StoreError,
+  Workdir,
+  as_records,
+  check_digests,
   check_workdir,
   default_workdir,
-  plain,
+  map_folder,
   writing,
 )
-from experiments import _flags, _judge, _setup
+from experiments import _digests, _flags, _judge, _setup
 
 MEDIANS = ('marked', 'p', 'p_removed', 'p_random', 'p_kept')
 FIELDS = (*MEDIANS, 'pointing_game', 'energy_inside')
@@ -97,72 +96,56 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   """The whole command, once the flags are known."""
   _flags.check(flags)
   config = flags | {'target_label': 'random', 'target_map': 'benign'}
-  path = pathlib.Path(flags['workdir'] or default_workdir(flags))
+  path = flags['workdir'] or default_workdir(flags)
   check_workdir(path, flags, flags['resume'])
   setup = _setup.load(config)
+  digests = _digests.of_inputs(flags, data=setup.dataset)
+  check_digests(path, flags, digests)
   examples = _setup.select(setup, attacked=False)
-  with writing(path, RESUME):
-    images.write_atomic(path / 'config.json', json.dumps(plain(flags), indent=2).encode())
-  seen = {name: read(path, name) for name in setup.interpreters}
-  left = [i for i, n in enumerate(examples.id) if any(int(n) not in s for s in seen.values())]
-  with tqdm.tqdm(total=len(left) * len(setup.interpreters), unit='map') as bar:
-    for shard in _setup.shards(setup, examples, np.array(left, int)):
-      real = shard.is_real
-      for name, interpreter in setup.interpreters.items():
-        bar.set_postfix_str(name)
-        if not seen[name].keys() >= set(shard.id.tolist()):
-          maps, found = look(
-            setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
-          )
-          seen[name] |= keep(path, name, {'id': shard.id, 'maps': maps} | found, real)
-        bar.update(int(real.sum()))
+  workdir = Workdir.create(path, flags, flags['resume'], digests)
+  draw(setup, examples, workdir)
   shown = setup.dataset.images(examples.id[:_SHOWN])
   rows, lines, columns = [], [], [panels(shown, None)]
-  for name, records in seen.items():
+  for name in setup.interpreters:
+    told = {r['id']: r for r in workdir.records('benign', name)}
     found = {
-      k: np.stack([records[int(i)][k] for i in examples.id]) for k in records[examples.id[0]]
+      field: np.array([told[i][field] for i in examples.id.tolist()], float)  # None becomes NaN
+      for field in told[int(examples.id[0])]
     }
-    maps = found.pop('maps')
+    ids = found.pop('id').astype(int).tolist()
+    maps = np.stack([workdir.map('benign', name, i) for i in ids])
     rows.append(summary(name, maps, found))
     lines += [
-      {'id': int(i), 'interpreter': name} | {k: float(v[n]) for k, v in found.items()}
-      for n, i in enumerate(examples.id)
+      {'id': i, 'interpreter': name} | {field: float(v[n]) for field, v in found.items()}
+      for n, i in enumerate(ids)
     ]
     columns.append(panels(shown, maps))
   report = {'config': flags, 'environment': _judge.environment(config), 'rows': rows}
-  write(path, report, lines, ['image', *seen], list(zip(*columns, strict=True)))
+  write(workdir, report, lines, ['image', *setup.interpreters], list(zip(*columns, strict=True)))
   print(table(rows))
-  print(path)
-  return path
+  print(workdir.path)
+  return workdir.path
 
 
-def keep(
-  path: pathlib.Path, name: str, arrays: Mapping[str, Array], real: np.ndarray
-) -> dict[int, dict[str, np.ndarray]]:
-  """Writes what was found of a batch, padding rows left out, and returns it as `read` does."""
-  whole = {k: np.asarray(v)[real] for k, v in arrays.items()}
-  whole = {k: v if k == 'id' else v.astype(np.float32) for k, v in whole.items()}
-  content = io.BytesIO()
-  np.savez(content, **whole)
-  with writing(path, RESUME):
-    images.write_atomic(path / f'shards/{name}-{whole["id"][0]:06d}.npz', content.getvalue())
-  return _by_example(whole)
-
-
-def read(path: pathlib.Path, name: str) -> dict[int, dict[str, np.ndarray]]:
-  """What an earlier run found for this interpreter: {id: {field: value}}."""
-  records: dict[int, dict[str, np.ndarray]] = {}
-  for part in sorted(path.glob(f'shards/{name}-*.npz')):
-    try:
-      records |= _by_example(weight_files.read_npz(part))
-    except InputError as error:
-      raise StoreError(f'{part} is damaged; remove it and run again with --resume') from error
-  return records
-
-
-def _by_example(arrays: Mapping[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
-  fields = [k for k in arrays if k != 'id']
-  return {int(i): {k: arrays[k][n] for k in fields} for n, i in enumerate(arrays['id'])}
+def draw(setup: _setup.Setup, examples: _setup.Examples, workdir: Workdir) -> None:
+  """Makes and judges the maps that are not there yet, batch by batch."""
+  ids = set(examples.id.tolist())
+  done = {name: workdir.done('benign', name) & ids for name in setup.interpreters}
+  whole = set.intersection(*done.values())
+  left = np.flatnonzero(~np.isin(examples.id, list(whole)))
+  total, before = len(ids) * len(done), sum(map(len, done.values()))
+  with tqdm.tqdm(total=total, initial=before, unit='map') as bar:
+    for shard in _setup.shards(setup, examples, left):
+      for name, interpreter in setup.interpreters.items():
+        keep = shard.is_real & ~np.isin(shard.id, list(done[name]))
+        if keep.any():
+          bar.set_postfix_str(name)
+          maps, found = look(
+            setup.clf, interpreter, shard.batch.x, shard.label, shard.keys, shard.mask
+          )
+          arrays = {map_folder('benign', name): np.asarray(maps)[keep]}
+          workdir.write_shard('benign', name, as_records(found, keep, id=shard.id), arrays)
+          bar.update(int(keep.sum()))
 
 
 def panels(x: np.ndarray, maps: np.ndarray | None) -> list[figures.Panel]:
@@ -172,7 +155,7 @@ def panels(x: np.ndarray, maps: np.ndarray | None) -> list[figures.Panel]:
 
 
 def write(
-  path: pathlib.Path,
+  workdir: Workdir,
   report: dict[str, Any],
   lines: list[dict[str, Any]],
   columns: list[str],
@@ -180,16 +163,15 @@ def write(
 ) -> None:
   """The files, each by an atomic rename."""
   with figures.style():
-    drawn = io.BytesIO()
-    figures.gallery('Maps of the true class', columns, pictures).savefig(drawn, format='png')
+    drawn = figures.png(figures.gallery('Maps of the true class', columns, pictures))
   text = io.StringIO()
   writer = csv.DictWriter(text, list(lines[0]))
   writer.writeheader()
   writer.writerows(lines)
-  with writing(path, RESUME):
-    images.write_atomic(path / 'figures/maps.png', drawn.getvalue())
-    images.write_atomic(path / 'maps.csv', text.getvalue().encode())
-    images.write_atomic(path / 'explain.json', json.dumps(plain(report), indent=2).encode())
+  with writing(workdir.path):
+    images.write_atomic(workdir.path / 'figures/maps.png', drawn)
+    images.write_atomic(workdir.path / 'maps.csv', text.getvalue().encode())
+  workdir.write_json('explain.json', report)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ jitters. Writes curves.json and curves.png.
 """
 
 import functools
-import io
 import json
 import pathlib
 from typing import Any
@@ -24,7 +23,7 @@ from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters import masking
 from adv2_jax.types import Array, Image, Key, Label, fold_keys
 from adv2_jax.workdir import figures
-from adv2_jax.workdir.store import check_workdir, default_workdir, plain, writing
+from adv2_jax.workdir.store import check_workdir, default_workdir, directory, plain, writing
 from experiments import _flags, _judge, _setup
 
 VIEWS = 4
@@ -71,7 +70,8 @@ def draw(rows: dict[str, dict[str, Any]]) -> Figure:
   for name, row in rows.items():
     axis.plot(row['iterations'][1:], row['objective'][1:], label=f'{name}, {row["steps"]}')
     axis.axhline(row['objective'][-1], color='0.7', lw=0.6, zorder=0)
-  axis.set(xscale='log', xlabel='iterations', ylabel='objective, mean over images')
+  axis.set(xlabel='iterations', ylabel='objective, mean over images')
+  figures.log_axis(axis.xaxis)
   axis.legend(title='solver, iterations')
   return figure
 
@@ -80,7 +80,7 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
   """The whole command, once the flags are known."""
   config = flags | {'target_label': 'random', 'target_map': 'benign', 'interpreters': ['mask']}
   _flags.check(config)
-  path = pathlib.Path(flags['workdir'] or default_workdir(flags))
+  path = directory(flags['workdir'] or default_workdir(flags))
   check_workdir(path, flags, resume=False, remedy=REMEDY)
   setup = _setup.load(config)
   examples = _setup.select(setup, attacked=False)
@@ -103,14 +103,14 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
       'objective': found.mean(1).tolist(),
       'objective_median': float(np.median(found[-1])),
     }
-    print(f'{name}: {c.steps} iterations, objective {found[-1].mean():.4f}')
   report = {'config': flags, 'environment': _judge.environment(config), 'solvers': rows}
   with figures.style():
-    drawn = io.BytesIO()
-    draw(rows).savefig(drawn, format='png')
+    drawn = figures.png(draw(rows))
   with writing(path, REMEDY):
-    images.write_atomic(path / 'curves.png', drawn.getvalue())
+    images.write_atomic(path / 'curves.png', drawn)
     images.write_atomic(path / 'curves.json', json.dumps(plain(report), indent=1).encode())
+  for name, row in rows.items():
+    print(f'{name}: {row["steps"]} iterations, objective {row["objective"][-1]:.4f}')
   print(path)
   return path
 

@@ -38,7 +38,7 @@ from adv2_jax.training import fit as training
 from adv2_jax.types import InputError, Key, PyTree
 from adv2_jax.weights import zoo
 from adv2_jax.workdir import report, store
-from experiments import _flags, _train_rts
+from experiments import _digests, _flags, _train_rts
 
 LOG = 'log.csv'
 NUM_SCENES = 16000
@@ -216,6 +216,11 @@ def prepare(config: Mapping[str, Any]) -> Job:
   path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
   store.check_workdir(path, c, c['resume'])
   to_train, held_out = open_data(c)
+  datasets = {'data': to_train.dataset}
+  if c['test_path']:
+    datasets['test_path'] = held_out.dataset
+  digests = _digests.of_inputs(c, **datasets)
+  store.check_digests(path, c, digests)
   if c['task'] == 'rts':
     to_train, held_out = (
       v._replace(dataset=_train_rts.numbered(c, v.dataset)) for v in (to_train, held_out)
@@ -245,7 +250,9 @@ def prepare(config: Mapping[str, Any]) -> Job:
   per_epoch = len(train.label) // c['batch_size']
   known = c | {'steps': c['steps'] or c['epochs'] * per_epoch}
   task = TASKS[c['task']](known, train, test, per_epoch)
-  made = store.Workdir.create(path, c, c['resume']).path  # the flags as given: --resume compares
+  made = store.Workdir.create(
+    path, c, c['resume'], digests
+  ).path  # the flags as given: --resume compares
   return Job(known, made, train, test, batch_at, per_epoch, task)
 
 

@@ -183,8 +183,8 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
     ),
     'curves': (
       'The attack over time',
-      'Lines: means over all images as they are at each gradient evaluation; an attack delivers '
-      'the best of its images, not the last. Dots: the success of those delivered, as in the table. '
+      'Lines: means over all images as they are at each gradient evaluation; what is '
+      'delivered is the best of them, not the last. Dots: the success of that, as in the table. '
       'The interpretation loss is in the unit of its interpreter.',
     ),
     'scatter': (

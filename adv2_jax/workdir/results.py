@@ -76,8 +76,7 @@ class Results(NamedTuple):
 
   def map(self, attack: str, interpreter: str, example: int) -> np.ndarray | None:
     """f32[h,w] or None."""
-    file = self.path / store.map_folder(attack, interpreter) / f'{example:06d}.npy'
-    return np.load(file, allow_pickle=False) if file.exists() else None
+    return store.read_map(self.path, attack, interpreter, example)
 
 
 def read_results(workdir: str | os.PathLike) -> Results:

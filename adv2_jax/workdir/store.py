@@ -74,6 +74,12 @@ def map_folder(attack: str, interpreter: str) -> str:
   return f'maps/{attack}/{interpreter}'
 
 
+def read_map(path: pathlib.Path, attack: str, interpreter: str, example: int) -> np.ndarray | None:
+  """A map of a working directory, f32[h,w]; None when it is not there."""
+  file = path / map_folder(attack, interpreter) / f'{example:06d}.npy'
+  return np.load(file, allow_pickle=False) if file.exists() else None
+
+
 class StoreError(InputError):
   """The working directory cannot be used or written; one line that says what to do."""
 
@@ -200,7 +206,7 @@ class Workdir(NamedTuple):
     """
     check_workdir(path, config, resume)
     check_digests(path, config, digests or {})
-    workdir = cls(_normal(path), plain(config))
+    workdir = cls(directory(path), plain(config))
     workdir.write_json('config.json', {**config, 'digests': digests} if digests else config)
     with writing(workdir.path):
       workdir._recover()
@@ -229,6 +235,16 @@ class Workdir(NamedTuple):
     for file in sorted((self.path / 'shards').glob('[!.]*.json')):
       if _kind(file) == (attack, interpreter):
         yield read_json(file, 'is damaged; remove it and run again with --resume')
+
+  def map(self, attack: str, interpreter: str, example: int) -> np.ndarray:
+    """An example's map, f32[h,w]."""
+    found = read_map(self.path, attack, interpreter, example)
+    if found is None:
+      raise StoreError(
+        f'{self.path / map_folder(attack, interpreter)} lacks example {example}, which '
+        f'{self.path / "shards"} has; remove both and run again with --resume'
+      )
+    return found
 
   def write_shard(
     self,
@@ -321,7 +337,7 @@ class Workdir(NamedTuple):
       class_names: of the data set; those that occur are kept, for the report.
       health: see `health.Health`.
     """
-    lines: dict[int, str] = collections.defaultdict(str)  # an example's, in the order of `kinds`
+    lines: dict[int, bytes] = collections.defaultdict(bytes)  # in the order of `kinds`
     curves: dict[str, dict[str, Any]] = {}
     seen: set[int | None] = set()
     for attack, interpreter in self.kinds():
@@ -336,9 +352,9 @@ class Workdir(NamedTuple):
       if found := sums.means():
         curves[f'{attack}/{interpreter}'] = found
     self.write_json('history.json', {'curves': dict(sorted(curves.items()))})
-    text = _csv_line(CSV_FIELDS) + ''.join(lines[i] for i in sorted(lines))
+    text = _csv_line(CSV_FIELDS) + b''.join(lines[i] for i in sorted(lines))
     with writing(self.path):
-      images.write_atomic(self.path / 'examples.csv', text.encode())
+      images.write_atomic(self.path / 'examples.csv', text)
     names = {k: readable(name) for k, name in enumerate(class_names or ()) if k in seen}
     found = {'config': self.config, 'environment': environment, 'rows': rows}
     if health is not None:
@@ -368,7 +384,7 @@ def check_workdir(
     StoreError: the directory holds something and `resume` is False; with `resume`, a flag that
       changes results differs, or what is there is no run; it cannot be written.
   """
-  path = _normal(path)
+  path = directory(path)
   with writing(path, remedy or RESUME):
     if path.exists() and not path.is_dir():
       raise StoreError(f'workdir {path} is a file; choose a directory with --workdir')
@@ -381,14 +397,14 @@ def check_workdir(
     tempfile.TemporaryFile(dir=there).close()
 
 
-def _normal(path: str | os.PathLike) -> pathlib.Path:
-  """'~' expanded; without '..', or a/../b would be another directory once `a` is made."""
+def directory(path: str | os.PathLike) -> pathlib.Path:
+  """The path a user gave, '~' expanded; no '..': a/../b would be another once `a` is made."""
   return pathlib.Path(os.path.normpath(user_path(path)))
 
 
 def read_digests(path: str | os.PathLike) -> dict[str, str]:
   """What `create` was given; {} of a directory without a run, or of one that has none."""
-  file = _normal(path) / 'config.json'
+  file = directory(path) / 'config.json'
   return read_json(file, 'is damaged').get('digests', {}) if file.exists() else {}
 
 
@@ -409,8 +425,8 @@ def check_digests(
     if digests.get(name, old) != old:
       value = config.get('data_path' if name == 'data' else name)
       raise StoreError(
-        f'{name}{f" {value}" if value else ""} changed since the run in {_normal(path)} was made: '
-        'put it back as it was, or start anew in another --workdir'
+        f'{name}{f" {value}" if value else ""} changed since the run in {directory(path)} was '
+        'made: put it back as it was, or start anew in another --workdir'
       )
 
 
@@ -483,10 +499,10 @@ def _kind(file: pathlib.Path) -> tuple[str, str]:
   return attack, rest.rpartition('-')[0]
 
 
-def _csv_line(values: Sequence[Any]) -> str:
+def _csv_line(values: Sequence[Any]) -> bytes:
   text = io.StringIO()
   csv.writer(text, lineterminator='\n').writerow([_csv(value) for value in values])
-  return text.getvalue()
+  return text.getvalue().encode()
 
 
 def _csv(value: Any) -> str:
