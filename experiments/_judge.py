@@ -49,10 +49,10 @@ TABLE = {
 
 
 def table(found: list[dict[str, Any]]) -> str:
-  """The rows as a markdown table."""
+  """The rows as a markdown table; empty ones are left out."""
   lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE.values()) + ' |']
   lines.append('|---' * (len(TABLE) + 3) + '|')
-  for row in found:
+  for row in (row for row in found if row['n']):
     values = [row.get(field) for field in TABLE]
     cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
     lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')

@@ -250,10 +250,8 @@ def prepare(config: Mapping[str, Any]) -> Job:
   per_epoch = len(train.label) // c['batch_size']
   known = c | {'steps': c['steps'] or c['epochs'] * per_epoch}
   task = TASKS[c['task']](known, train, test, per_epoch)
-  made = store.Workdir.create(
-    path, c, c['resume'], digests
-  ).path  # the flags as given: --resume compares
-  return Job(known, made, train, test, batch_at, per_epoch, task)
+  made = store.Workdir.create(path, c, c['resume'], digests)  # the flags as given, to be compared
+  return Job(known, made.path, train, test, batch_at, per_epoch, task)
 
 
 def _keys(config: Mapping[str, Any]) -> Key:

@@ -431,9 +431,14 @@ def test_aggregate_by_hand():
   np.testing.assert_allclose(figures['mc'], 0.8)
   np.testing.assert_allclose(figures['map_l1'], 0.15)
   np.testing.assert_allclose(figures['map_l1_all'], 0.3)
+  np.testing.assert_allclose(figures['map_l1_median'], 0.15)
   assert (figures['pointing_game'], figures['pointing_game_all']) == (1.0, 0.5)
   assert (figures['linf_max'], figures['l2_mean']) == (0.03, 2.0)
   assert figures['energy_inside'] is None
+  assert figures['flat_maps'] is None
+  clean = [row(False, 0.1, v, flat_map=v == 0.5) for v in (0.1, 0.2, 0.9, 0.5, 0.5)]
+  figures = metrics.aggregate(iter(clean), attacked=False)
+  assert (figures['map_l1_median'], figures['flat_maps']) == (0.5, 2)
 
 
 def test_aggregate_without_success_or_rows():

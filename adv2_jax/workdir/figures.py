@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from adv2_jax.workdir.store import NOT_PERTURBED
+from adv2_jax.workdir.store import NOT_PERTURBED, readable
 
 # One colour per attack everywhere; told apart with the usual colour-vision deficiencies, and
 # readable on white and on black.
@@ -127,11 +127,12 @@ def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | 
 
 def _short(caption: str, width: int = 34) -> str:
   """What fits above a picture: a long name loses its middle, not the figures after it."""
+  caption = readable(caption)
   return caption if len(caption) <= width else f'{caption[: width - 15]}…{caption[-14:]}'
 
 
 _CURVES = {
-  'success': ('Success rate now; dot: as delivered', 'linear'),
+  'success': ('Success rate (dot: as delivered)', 'linear'),
   'prediction': ('Prediction loss', 'log'),
   'interpretation': ('Interpretation loss', 'log'),
 }

@@ -65,9 +65,7 @@ class Results(NamedTuple):
 
   def class_name(self, label: float | None) -> str:
     """The class's name where known, else its number."""
-    if label is None:
-      return ''
-    return store.readable(self.class_names.get(str(int(label)), f'class {int(label)}'))
+    return '' if label is None else self.class_names.get(str(int(label)), f'class {int(label)}')
 
   def image(self, attack: str, interpreter: str, example: int) -> np.ndarray | None:
     """u8[H,W,3] or None."""

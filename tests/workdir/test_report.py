@@ -7,11 +7,14 @@ import io
 import json
 import os
 import re
+import shutil
 
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
 import scipy.ndimage
+from matplotlib.figure import Figure
 
 from adv2_jax import images, metrics, types
 from adv2_jax.overlay import overlay
@@ -204,7 +207,8 @@ def test_table_says_what_metrics_say(run):
     assert cells[0] == str(row['n'])
     assert cells[1].startswith(f'{100 * row["asr"]:.1f} %')
     shown = row['map_l1'] if row['asr'] else row['map_l1_all']
-    assert cells[3] == f'{shown:.3f}'
+    median = f'<small>{row["map_l1_median"]:.3f}</small>' if row['asr'] else ''
+    assert cells[3] == f'{shown:.3f}{median}'
   adv2 = next(r for r in rows if (r['attack'], r['interpreter']) == ('adv2', 'cam'))
   assert f'<b>{rows[2]["map_l1"]:.3f} → {adv2["map_l1"]:.3f}</b>' in page
 
@@ -301,6 +305,92 @@ def test_a_full_disk_is_one_line(run, monkeypatch):
   with pytest.raises(store.StoreError, match=r'cannot write .*: No space left on device'):
     report.write_report(run)
   assert (run / 'report.html').read_bytes() == before
+
+
+def failing(*_, **__):
+  raise ValueError('no\nfont')
+
+
+@pytest.fixture
+def undrawn(run, tmp_path, monkeypatch):
+  """A copy of the run, of which no figure can be drawn; write() -> the page with other metrics."""
+  shutil.copytree(run, tmp_path / 'run')
+  for name in ('gallery', 'bars', 'curves', 'scatter'):
+    monkeypatch.setattr(figures, name, failing)
+
+  def write(**changes):
+    file = tmp_path / 'run/metrics.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return Page(report.write_report(tmp_path / 'run').read_text())
+
+  return write
+
+
+def test_a_figure_that_fails_does_not_cost_the_report(undrawn, capsys):
+  page = undrawn()
+  assert 'Results' in page.text
+  assert 'Image by image' not in page.text
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 5
+  assert 'figures/curves.png could not be drawn: no font' in said
+
+
+def test_what_is_wrong_with_a_run_stands_on_its_page(undrawn):
+  assert 'Worth knowing' not in undrawn(health={'zero_gradient': 0, 'files_left_out': {}}).text
+  text = ' '.join(undrawn(health={'flat_maps': 3, 'files_left_out': {'hidden': ['._<a>']}}).text)
+  assert re.search('Worth knowing examples with a map .*: 3 left out, hidden: ._<a>', text)
+
+
+def test_rows_of_no_example_are_left_out(undrawn, run):
+  rows = json.loads((run / 'metrics.json').read_text())['rows']
+  rows[1] = {'interpreter': 'cam', 'attack': 'other', **metrics.aggregate([])}
+  assert undrawn(rows=rows).text.count('another image') == 1  # that of grad
+
+
+def test_no_text_is_mathematics_and_no_setting_of_the_user_s_is_seen():
+  """A dollar sign is one; TeX, other fonts and tight boxes are for the user's own figures."""
+  picture = np.zeros((8, 8, 3), np.uint8)
+  texts = ('0 Ba$$in', '$5 & $6_^', 'caf\udce9', '犬', 'a name that is very long indeed 97%')
+
+  def drawn():
+    with figures.style():
+      return figures.png(
+        figures.gallery('$a_b$', ['$c$'], [[figures.Panel(picture, t)] for t in texts])
+      )
+
+  plain = drawn()
+  own = {
+    'text.usetex': True, 'savefig.bbox': 'tight', 'figure.dpi': 30, 'savefig.dpi': 40,
+    'font.size': 30, 'axes.facecolor': 'red', 'image.origin': 'lower', 'font.family': 'cursive',
+  }  # fmt: skip
+  with matplotlib.rc_context(own):
+    assert drawn() == plain
+
+
+@pytest.mark.parametrize(
+  ('low', 'high'), [(0.012, 0.018), (1.1e-3, 0.06), (1e-3, 10), (3, 3.1), (0.2, 0.2), (1, 300)]
+)
+def test_a_logarithmic_axis_has_two_numbers_at_least(low, high):
+  with figures.style():
+    axis = Figure().subplots()
+    axis.plot([0, 1], [low, high])
+    figures.log_axis(axis.yaxis)
+    first, last = axis.get_ylim()
+    labels = [t.get_text() for t in axis.get_yticklabels()]
+  assert first <= low <= high <= last
+  shown = [v for v in axis.get_yticks() if first <= v <= last]
+  assert 2 <= len(shown) < 10
+  assert {f'{v:g}' for v in shown} <= set(labels)
+
+
+def test_the_success_of_what_is_delivered_is_a_dot(run):
+  results = report.read_results(run)
+  rows = [{'attack': 'adv2', 'interpreter': 'cam', 'asr': 0.625}]
+  with figures.style():
+    axis = figures.curves(results.curves, rows).axes[0]
+  dots = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == 'o']
+  assert dots == [[[100, 0.625]]]
+  assert 'delivered' in axis.get_title(loc='left')
 
 
 # The overlay.

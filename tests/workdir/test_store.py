@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adv2_jax import types
-from adv2_jax.workdir import store
+from adv2_jax.workdir import results, store
 
 CONFIG = {'dataset': 'scenes', 'epsilon': 0.031, 'interpreters': ('cam', 'grad'), 'num_devices': 1}
 
 
-def results(ids, attack='adv2'):
+def made(ids, attack='adv2'):
   """Records and arrays that depend on the id alone, as an attack's do."""
   draws = [np.random.RandomState(i) for i in ids]
   records = [
@@ -46,7 +46,7 @@ def results(ids, attack='adv2'):
 
 
 def write(workdir, ids, attack='adv2', **extras):
-  records, arrays = results(ids, attack)
+  records, arrays = made(ids, attack)
   workdir.write_shard(attack, 'cam', records, arrays, **extras)
 
 
@@ -58,7 +58,7 @@ def tree(path):
 def test_files_hold_what_was_written(tmp_path):
   workdir = store.Workdir.create(tmp_path / 'run', CONFIG)
   write(workdir, [2, 3, 11])
-  records, arrays = results([2, 3, 11])
+  records, arrays = made([2, 3, 11])
   for i, image, m in zip([2, 3, 11], *arrays.values(), strict=True):
     with PIL.Image.open(workdir.path / f'examples/adv2/cam/{i:06d}.png') as file:
       np.testing.assert_array_equal(np.asarray(file), image)
@@ -88,14 +88,60 @@ def test_finish_writes_table_and_metrics(tmp_path):
   assert result['config'] == {**CONFIG, 'interpreters': ['cam', 'grad']}
 
 
+def history(tmp_path, *shards):
+  """The curves of shards with one to three examples each."""
+  workdir = store.Workdir.create(tmp_path, CONFIG)
+  ids = iter(range(99))
+  for curves in shards:
+    write(
+      workdir,
+      [next(ids) for _ in next(v for k, v in curves.items() if k != 'step')[0]],
+      curves=curves,
+    )
+  workdir.finish([], {})
+  return json.loads((tmp_path / 'history.json').read_text())['curves']['adv2/cam']
+
+
 def test_history_pools_shards_by_example(tmp_path):
   """Means are over examples, not over shards, and a shard that stopped early stays as it was."""
-  workdir = store.Workdir.create(tmp_path, CONFIG)
-  write(workdir, [0, 1], curves={'step': [0, 10, 20], 'total': [[1, 2], [1, 1], [0, 0]]})
-  write(workdir, [2], curves={'step': [0, 10], 'total': [[6], [4]]})
-  workdir.write_history()
-  curve = json.loads((tmp_path / 'history.json').read_text())['curves']['adv2/cam']
+  curve = history(
+    tmp_path,
+    {'step': [0, 10, 20], 'total': [[1, 2], [1, 1], [0, 0]]},
+    {'step': [0, 10], 'total': [[6], [4]]},
+  )
   assert curve == {'step': [0, 10, 20], 'total': [3, 2, float(f'{4 / 3:.6g}')]}
+
+
+def test_history_meets_by_step_not_by_place(tmp_path):
+  """None is no value, and neither is there one before a shard's first step."""
+  curve = history(
+    tmp_path,
+    {'step': [10, 20, 30], 'total': [[1], [3], [5]], 'map': [[None], [4], [None]]},
+    {'step': [15, 30], 'total': [[7], [9]], 'map': [[2], [2]]},
+  )
+  assert curve == {
+    'step': [10, 15, 20, 30],
+    'total': [1, 4, 5, 7],
+    'map': [None, 2, 3, 2],
+  }
+
+
+def test_each_shard_is_read_once_by_its_name(tmp_path, monkeypatch):
+  """Whatever there is besides: reading all for each kind would take time with the square."""
+  workdir = store.Workdir.create(tmp_path, CONFIG)
+  for i in range(0, 12, 3):
+    for attack in ('benign', 'pgd', 'adv2'):
+      write(workdir, range(i, i + 3), attack)
+  read, real = [], store.read_json
+  monkeypatch.setattr(store, 'read_json', lambda path, _: read.append(path.name) or real(path, _))
+  assert workdir.done('pgd', 'cam') == set(range(12))
+  assert read == [f'pgd-cam-{i:06d}.json' for i in range(0, 12, 3)]
+  shards = workdir.shards('pgd', 'cam')
+  next(shards)
+  assert len(read) == 5  # one at a time, not all
+  read.clear()
+  workdir.finish([], {})
+  assert len(read) == len(set(read)) == 12
 
 
 @settings(max_examples=8, deadline=None)
@@ -145,6 +191,55 @@ def test_resume_compares_the_flags_that_change_results(tmp_path):
   refuses('--batch_size None, now it is 8', tmp_path, {**CONFIG, 'batch_size': 8}, resume=True)
   moved = {**CONFIG, 'num_devices': 8, 'workdir': 'elsewhere', 'resume': True}
   assert store.Workdir.create(tmp_path, moved, resume=True).done('adv2', 'cam') == {1}
+
+
+def test_resume_compares_the_content_of_what_it_reads(tmp_path):
+  config = {**CONFIG, 'weights': 'net.npz', 'masks': 'masks.npz', 'data_path': 'folder'}
+  old = {'weights': '1', 'masks': '2', 'data': '3'}
+  store.Workdir.create(tmp_path, config, digests=old)
+  for changed, message in (
+    ({'weights': '4'}, r'^weights net\.npz changed since the run in .* was made: put it back'),
+    ({'data': '4'}, '^data folder changed since'),
+    ({'data': '4', 'masks': '5'}, r'^masks masks\.npz changed'),  # the data's digest has the masks
+  ):
+    before = tree(tmp_path)
+    with pytest.raises(store.StoreError, match=message):
+      store.check_digests(tmp_path, config, old | changed)
+    with pytest.raises(store.StoreError, match=message):
+      store.Workdir.create(tmp_path, config, True, old | changed)
+    assert tree(tmp_path) == before
+  assert store.Workdir.create(tmp_path, config, True, old).config == store.plain(config)
+  assert store.read_digests(tmp_path) == old
+
+
+def test_a_run_without_digests_goes_on_and_has_them_from_then_on(tmp_path):
+  write(store.Workdir.create(tmp_path, CONFIG), [1])
+  assert store.read_digests(tmp_path) == {} == store.read_digests(tmp_path / 'nowhere')
+  assert store.Workdir.create(tmp_path, CONFIG, True, {'data': '1'}).done('adv2', 'cam') == {1}
+  assert store.read_digests(tmp_path) == {'data': '1'}
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  assert store.Workdir.create('~/run', CONFIG).path == tmp_path / 'run'
+  with pytest.raises(store.StoreError, match='is not empty'):
+    store.check_workdir('~/run', CONFIG, False)
+  with pytest.raises(store.StoreError, match=r'has no metrics\.json'):
+    results.read_results('~/run')
+  assert not (tmp_path / '~').exists()
+
+
+def test_text_that_is_not_utf_8_is_written(tmp_path):
+  """A class folder or file named in Latin-1: half a surrogate pair, which UTF-8 does not have."""
+  workdir = store.Workdir.create(tmp_path, {**CONFIG, 'data_path': '/caf\udce9'})
+  records, _ = made([3])
+  workdir.write_shard('adv2', 'cam', [{**records[0], 'file': 'caf\udce9/a\n.png'}], {})
+  workdir.finish([], {}, ['caf\udce9\n'] * 10)
+  told = results.read_results(tmp_path)
+  assert told.config['data_path'] == '/caf\udce9'  # to be found again
+  assert set(told.class_names.values()) == {'caf\ufffd\ufffd'}
+  assert 'caf\ufffd/a\ufffd.png' in (tmp_path / 'examples.csv').read_text()
 
 
 def test_damage_is_told(tmp_path):
