@@ -107,5 +107,21 @@ def builtin(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def bars(monkeypatch):
+  """The progress bars that a command shows."""
+  import tqdm
+
+  shown = []
+
+  class Bar(tqdm.tqdm):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **kwargs)
+      shown.append(self)
+
+  monkeypatch.setattr(tqdm, 'tqdm', Bar)
+  return shown
+
+
+@pytest.fixture
 def key():
   return jax.random.key(0)

@@ -1,6 +1,7 @@
 """`experiments.attack` end to end on a tiny data set: files, fields, resuming, and examples."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -18,8 +19,9 @@ from adv2_jax.attacks import presets
 from adv2_jax.images import encode_png, from_uint8
 from adv2_jax.interpreters import masking
 from adv2_jax.types import InputError
+from adv2_jax.weights import files as weight_files
 from adv2_jax.weights import zoo
-from experiments import _judge, _setup, attack, evaluate
+from experiments import _digests, _judge, _setup, attack, evaluate
 
 FIELDS = {
   *('interpreter', 'attack', 'framework', 'target_map', 'n', 'n_skipped', 'asr', 'asr_ci95', 'mc'),
@@ -193,7 +195,7 @@ def test_the_attack_does_something(finished, victim):
 
 
 @pytest.mark.parametrize('gone', [0, 1, 'grad'])
-def test_resume_makes_what_is_missing_byte_for_byte(finished, victim, tmp_path, gone):
+def test_resume_makes_what_is_missing_byte_for_byte(finished, victim, tmp_path, bars, gone):
   """Shards gone, as after a kill: every other, or all of one interpreter; the rest stays."""
   workdir = tmp_path / 'run'
   shutil.copytree(finished, workdir)
@@ -217,13 +219,72 @@ def test_resume_makes_what_is_missing_byte_for_byte(finished, victim, tmp_path, 
   assert contents(workdir, *parts) == contents(finished, *parts)
   assert rows_of(workdir) == rows_of(finished)
   assert {record: record.stat().st_mtime_ns for record in kept} == kept
+  assert (workdir / 'history.json').read_bytes() == (finished / 'history.json').read_bytes()
+  (bar,) = bars  # it begins where the run is: 5 images of PGD, and of ADV² on two interpreters
+  assert bar.total == 15
+  assert 0 < bar.initial < 15
+  assert bar.n == pytest.approx(15)
 
 
-def test_resume_of_a_finished_run_attacks_nothing(finished, victim, tmp_path, monkeypatch):
+def test_resume_counts_each_example_once_whatever_the_batches_were(finished, victim, tmp_path):
+  """A shard as another number of devices cut it: of its batch, one example is done already."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  for name in ('pgd-cam-000002', 'adv2-grad-000002'):
+    (workdir / f'shards/{name}.json').unlink()
+  for kind in ('pgd-grad', 'adv2-cam'):
+    shard = json.loads((workdir / f'shards/{kind}-000002.json').read_text())
+    curves = {k: v if k == 'step' else [row[1:] for row in v] for k, v in shard['curves'].items()}
+    shard |= {'records': shard['records'][1:], 'curves': curves}
+    assert [r['id'] for r in shard['records']] == [3]
+    (workdir / f'shards/{kind}-000002.json').unlink()
+    (workdir / f'shards/{kind}-000003.json').write_text(json.dumps(shard))
+  run(victim, workdir, resume=True, **WHOLE)
+  for name in ('history.json', 'examples.csv'):
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+  assert rows_of(workdir) == rows_of(finished)
+
+
+@pytest.mark.parametrize('changed', ['data', 'weights'])
+def test_resume_with_another_content_is_refused(finished, victim, tmp_path, monkeypatch, changed):
+  """Before any work; old and new results would stand in one table."""
+  shutil.copytree(finished, tmp_path / 'run')
+  config = json.loads((finished / 'config.json').read_text())
+  assert config['digests'].keys() == {'data', 'masks', 'weights'}
+  config['digests'][changed] = 'another'
+  (tmp_path / 'run/config.json').write_text(json.dumps(config))
+  monkeypatch.setattr(_setup, 'select', lambda *_, **__: pytest.fail('work was done'))
+  with pytest.raises(InputError, match=rf'^{changed} .*(npz|safetensors) changed since the run in'):
+    run(victim, tmp_path / 'run', resume=True, **WHOLE)
+
+
+def test_digests_follow_the_content_of_every_file(victim, tmp_path):
+  """Also of a card, whose mean and names count, and not of a name that is no file."""
+  weights = shutil.copy(victim['weights'], tmp_path)
+  maps = tmp_path / 'maps.npz'
+  maps.write_bytes(b'1')
+  config = defaults() | {'weights': str(weights), 'target_map': str(maps)}
+  found = [_digests.of_inputs(config)]
+  maps.write_bytes(b'2')
+  found.append(_digests.of_inputs(config))
+  tensors = weight_files.read_safetensors(weights)
+  weight_files.write_safetensors(weights, tensors | {'fc.bias': tensors['fc.bias'] + 1})
+  found.append(_digests.of_inputs(config))
+  card = dict.fromkeys(zoo.CARD_FIELDS, 0) | {'sha256': None, 'mean': [0.5, 0.5, 0.5]}
+  (tmp_path / 'net.json').write_text(json.dumps(card))
+  found.append(_digests.of_inputs(config))
+  changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(found)]
+  assert changes == [{'target_map'}, {'weights'}, {'weights'}]
+  built_in = _digests.of_inputs(defaults() | {'interpreters': ['rts']})
+  assert built_in.keys() == {'weights', 'decoder'}
+
+
+def test_resume_of_a_finished_run_attacks_nothing(finished, victim, tmp_path, monkeypatch, bars):
   workdir = tmp_path / 'run'
   shutil.copytree(finished, workdir)
   monkeypatch.setattr(attack.api, 'attack_batch', lambda *_, **__: pytest.fail('attacked again'))
   run(victim, workdir, resume=True, **WHOLE)
+  assert bars[0].initial == bars[0].n == bars[0].total
   assert rows_of(workdir) == rows_of(finished)
 
 
@@ -255,6 +316,30 @@ def test_what_comes_out_does_not_depend_on_batches_and_devices(finished, victim,
   for name, content in contents(other, 'maps/adv2').items():
     assert content[:128] == (finished / name).read_bytes()[:128]
     np.testing.assert_allclose(np.load(other / name), np.load(finished / name), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(finished, victim, tmp_path):
+  """Killed with one of its interpreters half done. Sums may be rounded in another order."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  for kind in ('adv2-grad-000004', 'adv2-grad-000006', 'adv2-cam-000002', 'pgd-cam-000002'):
+    (workdir / f'shards/{kind}.json').unlink()
+  run(victim, workdir, resume=True, num_devices=2, **WHOLE)
+  found, whole = (
+    json.loads((at / 'history.json').read_text())['curves'] for at in (workdir, finished)
+  )
+  assert found.keys() == whole.keys()
+  for kind, curves in whole.items():
+    for name, values in curves.items():
+      np.testing.assert_allclose(found[kind][name], values, rtol=1e-3, err_msg=f'{kind} {name}')
+  lines = [list(csv.DictReader((at / 'examples.csv').open())) for at in (workdir, finished)]
+  for one, other in zip(*lines, strict=True):
+    for name, value in one.items():
+      if name in ('confidence', 'map_l1', 'map_iou') and value:
+        assert float(value) == pytest.approx(float(other[name]), abs=2e-3)
+      else:
+        assert value == other[name]
 
 
 # --- which examples -------------------------------------------------------------------------------

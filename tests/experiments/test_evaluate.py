@@ -97,6 +97,24 @@ def test_an_honest_run_agrees(honest):
         np.testing.assert_allclose(row[field], said[field], atol=1e-4)
 
 
+def test_an_older_run_agrees(copy):
+  """Without the figures that are counted since, and without digests."""
+  result = json.loads((copy / 'metrics.json').read_text())
+  for row in result['rows']:
+    for field in [f for f in row if f.endswith('_median') or 'gradient' in f or 'flat' in f]:
+      del row[field]
+  (copy / 'metrics.json').write_text(json.dumps(result))
+  assert len(evaluate.rescore(str(copy))) == 2
+
+
+def test_other_weights_are_told_before_anything_is_scored(copy, monkeypatch):
+  config = json.loads((copy / 'config.json').read_text())
+  (copy / 'config.json').write_text(json.dumps(config | {'digests': {'weights': 'others'}}))
+  monkeypatch.setattr(_setup, 'models', lambda _: pytest.fail('loaded'))
+  with pytest.raises(store.StoreError, match=r'^weights .*weights\.npz changed since'):
+    evaluate.rescore(str(copy))
+
+
 def test_localisation_is_left_out_without_masks(copy):
   shutil.rmtree(copy / 'masks')
   rows = evaluate.rescore(str(copy))
@@ -164,7 +182,9 @@ def test_a_changed_table_is_noticed(copy, field, change):
   disagrees(copy, f'adv2/cam, example 2: {field} is .*, examples.csv says')
 
 
-@pytest.mark.parametrize('field', ['asr', 'n', 'mc', 'map_spearman', 'linf_max', 'map_mse_all'])
+@pytest.mark.parametrize(
+  'field', ['asr', 'n', 'mc', 'map_spearman', 'map_l2_median', 'linf_max', 'map_mse_all']
+)
 def test_a_changed_figure_is_noticed(copy, field):
   result = json.loads((copy / 'metrics.json').read_text())
   result['rows'][1][field] = result['rows'][1][field] * 0.9 + 0.05

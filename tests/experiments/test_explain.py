@@ -69,7 +69,7 @@ def test_a_directory_in_use_is_refused_before_any_work(finished):
   assert (finished / 'explain.json').read_bytes() == before
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, tmp_path, bars):
   run = tmp_path / 'run'
   shutil.copytree(finished, run)
   gone = [*run.glob('*.json'), *run.glob('*.csv'), *run.glob('figures/*')]
@@ -79,6 +79,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, t
     file.unlink()
   explain.run(flags(workdir=str(run), resume=True))
   assert len(kept) == 2
+  assert (bars[0].initial, bars[0].n, bars[0].total) == (4, 10, 10)
+  assert json.loads((run / 'config.json').read_text())['digests'].keys() == {'data', 'weights'}
   assert {p: p.stat().st_mtime_ns for p in kept} == kept
   for name in ('maps.csv', 'figures/maps.png'):
     assert (run / name).read_bytes() == (finished / name).read_bytes()

@@ -325,6 +325,10 @@ def test_a_run_whose_steps_come_from_its_epochs_can_be_resumed(config):
   epochs = config | {'steps': None, 'epochs': 1}
   assert train.prepare(epochs).config['steps'] == 43 // 8
   assert train.prepare(epochs | {'resume': True}).config['steps'] == 43 // 8
+  image, labels = colours(48, size=16)
+  np.savez(config['data_path'], image=255 - image, label=labels)
+  with pytest.raises(InputError, match=r'^data .*a\.npz changed since the run in .*w was made'):
+    train.prepare(epochs | {'resume': True})
 
 
 def test_a_full_disk_is_told(config, monkeypatch):
