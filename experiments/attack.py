@@ -184,7 +184,7 @@ class Run(NamedTuple):
       x8,
       {
         'zero_gradient': (gradient == 0).all(0),
-        'nonfinite_gradient': ~np.isfinite(gradient).all(0),
+        'nonfinite_gradient': (~np.isfinite(gradient)).any(0),
       },
       {
         'step': history.evaluations,

@@ -15,7 +15,7 @@ import matplotlib
 import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 
 from adv2_jax.workdir.store import NOT_PERTURBED, readable
@@ -125,7 +125,7 @@ def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | 
   return figure
 
 
-def _short(caption: str, width: int = 34) -> str:
+def _short(caption: str, width: int = 30) -> str:
   """What fits above a picture: a long name loses its middle, not the figures after it."""
   caption = readable(caption)
   return caption if len(caption) <= width else f'{caption[: width - 15]}…{caption[-14:]}'
@@ -140,7 +140,7 @@ _CURVES = {
 FLOOR = 1e-3  # a hinged loss reaches 0, which a logarithmic axis cannot show
 
 
-def log_axis(axis: Axis) -> None:
+def log_axis(axis: XAxis | YAxis) -> None:
   """A logarithmic axis with plain numbers, at two places or more, whatever its range."""
   axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
   low, high = axis.get_view_interval()

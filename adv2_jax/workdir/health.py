@@ -13,12 +13,22 @@ _FIELDS = {
   'flat_maps': 'flat_map',
 }
 _MEANING = {
-  'zero_gradient': 'with a gradient of 0 at every step looked at, which the attack cannot move; '
-  'a net that rounds, clips or saturates its input has none',
-  'nonfinite_gradient': 'with a gradient that is not finite at some step; a square root or a '
-  'logarithm of 0 has none, and float16 overflows',
-  'flat_maps': 'with a map that is the same everywhere, of which a distance says nothing',
-  'already_at_target': 'taken for their target before the attack',
+  'zero_gradient': (
+    'with a gradient of 0 at every step looked at',
+    'no attack moves them: does the net round, clip or saturate its input?',
+  ),
+  'nonfinite_gradient': (
+    'with a gradient that is not finite at some step',
+    'a square root or logarithm of 0 has none, and float16 overflows',
+  ),
+  'flat_maps': (
+    'with a map that is the same everywhere',
+    'a distance to it says nothing',
+  ),
+  'already_at_target': (
+    'taken for their target before the attack',
+    'their success is none',
+  ),
 }
 
 
@@ -63,8 +73,8 @@ def _named(files: Sequence[str]) -> list[str]:
 
 def sentences(found: Mapping[str, Any]) -> Iterator[str]:
   """A line for each count that is not 0."""
-  for name, meaning in _MEANING.items():
+  for name, (what, why) in _MEANING.items():
     if n := found.get(name):
-      yield f'examples {meaning}: {n}'
+      yield f'examples {what}: {n} ({why})'
   for reason, files in found.get('files_left_out', {}).items():
     yield f'left out, {reason}: {", ".join(files)}'

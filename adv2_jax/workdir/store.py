@@ -349,17 +349,15 @@ class Workdir(NamedTuple):
           seen |= {record.get(field) for field in ('label', 'target', 'prediction')}
         if shard.get('curves'):
           sums.add(shard['curves'])
-      if found := sums.means():
-        curves[f'{attack}/{interpreter}'] = found
+      if means := sums.means():
+        curves[f'{attack}/{interpreter}'] = means
     self.write_json('history.json', {'curves': dict(sorted(curves.items()))})
     text = _csv_line(CSV_FIELDS) + b''.join(lines[i] for i in sorted(lines))
     with writing(self.path):
       images.write_atomic(self.path / 'examples.csv', text)
     names = {k: readable(name) for k, name in enumerate(class_names or ()) if k in seen}
-    found = {'config': self.config, 'environment': environment, 'rows': rows}
-    if health is not None:
-      found['health'] = health
-    self.write_json('metrics.json', {**found, 'class_names': names})
+    told = {'config': self.config, 'environment': environment, 'rows': rows, 'class_names': names}
+    self.write_json('metrics.json', told if health is None else told | {'health': health})
 
 
 def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:

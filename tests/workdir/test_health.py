@@ -1,5 +1,7 @@
 """What may be wrong with a run, counted from its records."""
 
+import re
+
 from adv2_jax.workdir import health
 
 
@@ -27,7 +29,7 @@ def test_an_example_counts_once_whatever_number_of_attacks_it_went_through():
     },
   }
   lines = list(health.sentences(found))
-  assert [line.rpartition(': ')[2] for line in lines[:3]] == ['1', '2', '1']
+  assert [re.search(r': (\d+) \(', line).group(1) for line in lines[:3]] == ['1', '2', '1']
   assert lines[4] == 'left out, hidden: caf\ufffd'
 
 
