@@ -183,8 +183,8 @@ class Run(NamedTuple):
     return Attacked(
       x8,
       {
-        'zero_gradient': (gradient == 0).all(0),
-        'nonfinite_gradient': (~np.isfinite(gradient)).any(0),
+        'zero_gradient': np.all(gradient == 0, axis=0),
+        'nonfinite_gradient': np.any(~np.isfinite(gradient), axis=0),
       },
       {
         'step': history.evaluations,
