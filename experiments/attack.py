@@ -16,7 +16,7 @@ import functools
 import operator
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,13 @@ def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   return presets.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'])
 
 
+def ids_done(
+  done: Mapping[tuple[str, str], set[int]], attack: str, names: Sequence[str], name: str = ''
+) -> set[int]:
+  """Ids of which an attack on interpreter `name` is done; PGD serves all `names` at once."""
+  return set.intersection(*(done[attack, n] for n in (names if attack == 'pgd' else [name])))
+
+
 class Attacked(NamedTuple):
   """What an attack made of a batch, padding rows and examples that are done included.
 
@@ -129,11 +136,6 @@ class Run(NamedTuple):
         found = self.attack(shard, 'adv2', name, wanted)
         judge('adv2', found.x, attacked=found)
 
-  def attacked(self, attack: str, name: str) -> set[int]:
-    """Ids of the examples of which an attack is done; PGD serves all interpreters at once."""
-    names = self.setup.interpreters if attack == 'pgd' else [name]
-    return set.intersection(*(self.done[attack, n] for n in names))
-
   def others(self, shard: _setup.Shard) -> Array:
     """The images of `shard.other`; the example itself where there is none."""
     ids = np.where(shard.other < 0, shard.id, shard.other)
@@ -155,7 +157,8 @@ class Run(NamedTuple):
   def attack(self, shard: _setup.Shard, attack: str, name: str, wanted: Map | None) -> Attacked:
     """The 8-bit images of one attack, and what it took."""
     config = self.setup.config
-    n, told = len(set(shard.id.tolist()) - self.attacked(attack, name)), 0.0
+    is_done = ids_done(self.done, attack, list(self.setup.interpreters), name)
+    n, told = len(set(shard.id.tolist()) - is_done), 0.0
 
     def on_chunk(evaluations: int, total: int, hit: np.ndarray) -> None:
       rate = f'{np.mean(hit[shard.is_real]):.2f}'
@@ -322,13 +325,17 @@ def run(config: dict[str, Any]) -> Workdir:
   for name in setup.interpreters:
     done['other', name] |= whole | set(examples.id[examples.other < 0].tolist())
   left = np.flatnonzero(~np.isin(examples.id, list(whole)))
-  with tqdm.tqdm(unit='img', mininterval=1, dynamic_ncols=True) as bar:
-    bar.bar_format = '{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}'
+  names, ids = list(setup.interpreters), set(examples.id.tolist())
+  units = [('pgd', ''), *(('adv2', name) for name in names)]
+  with tqdm.tqdm(
+    total=len(ids) * len(units),
+    initial=sum(len(ids & ids_done(done, attack, names, name)) for attack, name in units),
+    unit='img',
+    mininterval=1,
+    dynamic_ncols=True,
+    bar_format='{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}',
+  ) as bar:
     progress = Run(setup, workdir, done, given, bar, Stopwatch())
-    attacks = [('pgd', ''), *(('adv2', name) for name in setup.interpreters)]
-    ids = set(examples.id.tolist())
-    bar.total = len(ids) * len(attacks)
-    bar.initial = bar.n = sum(len(ids & progress.attacked(*which)) for which in attacks)
     for shard in _setup.shards(setup, examples, left):
       progress.one_shard(shard)
   seen = health.Health()

@@ -333,7 +333,8 @@ def test_a_run_goes_on_with_other_devices(finished, victim, tmp_path):
   for kind, curves in whole.items():
     for name, values in curves.items():
       np.testing.assert_allclose(found[kind][name], values, rtol=1e-3, err_msg=f'{kind} {name}')
-  lines = [list(csv.DictReader((at / 'examples.csv').open())) for at in (workdir, finished)]
+  texts = [(at / 'examples.csv').read_text() for at in (workdir, finished)]
+  lines = [list(csv.DictReader(text.splitlines())) for text in texts]
   for one, other in zip(*lines, strict=True):
     for name, value in one.items():
       if name in ('confidence', 'map_l1', 'map_iou') and value:
