@@ -20,6 +20,16 @@ def user_path(path: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(path))  # without a HOME, as it is
 
 
+def printable(text: str) -> str:
+  """A name of a class or file as text that can be written and drawn anywhere.
+
+  File names need not be UTF-8: what is not, which Python keeps as halves of surrogate pairs, and
+  control characters become �.
+  """
+  text = re.sub('[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\ufffd', text)
+  return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+
+
 def whole_number(text: str) -> int | None:
   """The number that a user wrote, such as '12' or '-1'; None where it is no whole number.
 

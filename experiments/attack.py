@@ -182,13 +182,10 @@ class Run(NamedTuple):
     )
     x8.block_until_ready()
     advance(1.0)  # it may have ended early
-    gradient = getattr(history, 'gradient', np.ones((1, len(shard.id))))  # SHIM
+    zero, nonfinite = history.gradients()
     return Attacked(
       x8,
-      {
-        'zero_gradient': np.all(gradient == 0, axis=0),
-        'nonfinite_gradient': np.any(~np.isfinite(gradient), axis=0),
-      },
+      {'zero_gradient': zero, 'nonfinite_gradient': nonfinite},
       {
         'step': history.evaluations,
         **{k: v for k, v in history.terms._asdict().items() if k != 'penalty'},
@@ -340,11 +337,7 @@ def run(config: dict[str, Any]) -> Workdir:
       progress.one_shard(shard)
   seen = health.Health()
   found = list(rows(setup, workdir, examples.num_skipped, seen))
-  told = seen.found(
-    getattr(examples, 'num_seen', 0),
-    getattr(examples, 'num_correct', 0),
-    getattr(setup.dataset, 'omitted', {}),
-  )  # SHIM
+  told = seen.found(examples.num_seen, examples.num_correct, examples.omitted)
   workdir.finish(found, _judge.environment(config), _names.of(setup), told)
   page = report.write_report(workdir.path)
   # All is on disk before anything is said: whoever reads it may have gone.

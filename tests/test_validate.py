@@ -7,6 +7,13 @@ import pytest
 from adv2_jax import validate
 from adv2_jax.types import InputError
 
+
+def test_what_is_not_utf_8_can_be_written():
+  """In a locale of ASCII, a name in UTF-8 comes in halves of pairs, too."""
+  assert validate.printable('caf\udce9\n\ud83d犬') == 'caf\ufffd\ufffd\ufffd犬'
+  assert validate.printable('caf\udcc3\udca9') == 'café'
+
+
 GOOD = np.full((2, 4, 5, 3), 0.5, np.float32)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from adv2_jax import images as image_lib
 from adv2_jax.data.base import CHECK_ALL_UP_TO, Dataset
 from adv2_jax.types import InputError
-from adv2_jax.validate import user_path, whole_number
+from adv2_jax.validate import printable, user_path, whole_number
 
 Path = str | pathlib.Path | None
 IMAGE_SUFFIXES = (
@@ -123,11 +123,6 @@ def _classes(
     return labels, len(texts), texts
   values = np.array(numbers, np.int64)
   return values[labels], int(values.max()) + 1, None
-
-
-def printable(name: str) -> str:
-  """A name from the file system, which need not be UTF-8, as text that can be written anywhere."""
-  return os.fsencode(name).decode('utf-8', 'replace')
 
 
 class _Listing(NamedTuple):

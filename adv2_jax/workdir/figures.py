@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 
-from adv2_jax.workdir.store import NOT_PERTURBED, readable
+from adv2_jax.validate import printable
+from adv2_jax.workdir.store import NOT_PERTURBED
 
 # One colour per attack everywhere; told apart with the usual colour-vision deficiencies, and
 # readable on white and on black.
@@ -127,7 +128,7 @@ def gallery(title: str, columns: Sequence[str], rows: Sequence[Sequence[Panel | 
 
 def _short(caption: str, width: int = 30) -> str:
   """What fits above a picture: a long name loses its middle, not the figures after it."""
-  caption = readable(caption)
+  caption = printable(caption)
   return caption if len(caption) <= width else f'{caption[: width - 15]}…{caption[-14:]}'
 
 

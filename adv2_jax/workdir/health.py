@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from adv2_jax.workdir.store import readable
+from adv2_jax.validate import printable
 
 NAMED = 20  # files left out that are named, per reason
 # health's field -> the records' field
@@ -49,18 +49,18 @@ class Health:
       yield record
 
   def found(
-    self, num_seen: int, num_correct: int, omitted: Mapping[str, Sequence[str]]
+    self, num_seen: int, num_correct: int | None, omitted: Mapping[str, Sequence[str]]
   ) -> dict[str, Any]:
     """What metrics.json says.
 
     Args:
       num_seen: images that the classifier has looked at.
-      num_correct: of these, those it gets right.
+      num_correct: of these, those it gets right; None where nobody knows.
       omitted: reason -> files that are no part of the data set.
     """
     return {
       **{name: len(ids) for name, ids in self._ids.items()},
-      'clean_accuracy': num_correct / num_seen if num_seen else None,
+      'clean_accuracy': num_correct / num_seen if num_seen and num_correct is not None else None,
       'num_seen': num_seen,
       'files_left_out': {reason: _named(files) for reason, files in omitted.items() if files},
     }
@@ -68,7 +68,7 @@ class Health:
 
 def _named(files: Sequence[str]) -> list[str]:
   more = [f'and {len(files) - NAMED} more'] if len(files) > NAMED else []
-  return [*map(readable, files[:NAMED]), *more]
+  return [*map(printable, files[:NAMED]), *more]
 
 
 def sentences(found: Mapping[str, Any]) -> Iterator[str]:
@@ -76,5 +76,9 @@ def sentences(found: Mapping[str, Any]) -> Iterator[str]:
   for name, (what, why) in _MEANING.items():
     if n := found.get(name):
       yield f'examples {what}: {n} ({why})'
+
+
+def left_out(found: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each reason why files are not in use."""
   for reason, files in found.get('files_left_out', {}).items():
     yield f'left out, {reason}: {", ".join(files)}'

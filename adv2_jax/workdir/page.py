@@ -17,9 +17,9 @@ import numpy as np
 import PIL.Image
 from matplotlib.figure import Figure
 
+from adv2_jax.validate import printable
 from adv2_jax.workdir import figures, health
 from adv2_jax.workdir.results import Results
-from adv2_jax.workdir.store import readable
 
 _PICTURE_SIDE = 224  # larger pictures are shrunk for the page
 
@@ -206,7 +206,7 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
 
 
 def _e(value: Any) -> str:
-  return html.escape(readable(str(value)))
+  return html.escape(printable(str(value)))
 
 
 def _section(heading: str, content: str) -> str:
@@ -233,7 +233,8 @@ def _lead(results: Results) -> str:
 
 
 def _health(results: Results) -> str:
-  found = ''.join(f'<li>{_e(line)}</li>' for line in health.sentences(results.health))
+  lines = (*health.sentences(results.health), *health.left_out(results.health))
+  found = ''.join(f'<li>{_e(line)}</li>' for line in lines)
   return f'<ul>{found}</ul>' if found else ''
 
 

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ import numpy as np
 
 from adv2_jax import images
 from adv2_jax.types import InputError
-from adv2_jax.validate import user_path
+from adv2_jax.validate import printable, user_path
 
 ATTACKS = ('benign', 'again', 'other', 'pgd', 'adv2', 'adv2_joint')
 NOT_PERTURBED = ('benign', 'again', 'other')  # rows of images that nobody attacked
@@ -104,15 +103,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def default_workdir(config: Mapping[str, Any]) -> pathlib.Path:
   """`runs/<date-time>-<config hash>`."""
   return pathlib.Path('runs') / f'{datetime.datetime.now():%Y%m%d-%H%M%S}-{config_hash(config)}'
-
-
-def readable(text: str) -> str:
-  """A user's text (a class, a file) as every table, page and figure shows it.
-
-  Half a surrogate pair, which stands for a byte of a file name that is not UTF-8 and cannot be
-  written, and control characters become �.
-  """
-  return re.sub('[\x00-\x1f\x7f-\x9f\ud800-\udfff]', '\ufffd', text)
 
 
 def plain(value: Any) -> Any:
@@ -355,7 +345,7 @@ class Workdir(NamedTuple):
     text = _csv_line(CSV_FIELDS) + b''.join(lines[i] for i in sorted(lines))
     with writing(self.path):
       images.write_atomic(self.path / 'examples.csv', text)
-    names = {k: readable(name) for k, name in enumerate(class_names or ()) if k in seen}
+    names = {k: printable(name) for k, name in enumerate(class_names or ()) if k in seen}
     told = {'config': self.config, 'environment': environment, 'rows': rows, 'class_names': names}
     self.write_json('metrics.json', told if health is None else told | {'health': health})
 
@@ -508,4 +498,4 @@ def _csv(value: Any) -> str:
     return ''
   if isinstance(value, bool):
     return str(int(value))
-  return f'{value:.6g}' if isinstance(value, float) else readable(str(value))
+  return f'{value:.6g}' if isinstance(value, float) else printable(str(value))

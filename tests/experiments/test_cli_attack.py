@@ -68,12 +68,19 @@ def test_the_fields_of_metrics_json(finished):
     assert row.keys() >= FIELDS
     assert {f'{field}_all' for field in FIELDS if field.startswith('map_')} <= row.keys()
     assert row['n_skipped'] == 2
-    assert row['nonfinite'] == 0
+    assert {f'{field}_median' for field in FIELDS if field.startswith('map_')} <= row.keys()
+    assert row['nonfinite'] == row['flat_maps'] == 0
+    attacked = row['attack'] in ('pgd', 'adv2')
+    assert row['zero_gradient'] == row['nonfinite_gradient'] == (0 if attacked else None)
     if row['attack'] != 'other':
       assert row['n'] == 5
       assert row['out_of_set'] == 0
     for field in ('pointing_game_all', 'energy_inside_all'):
       assert 0 <= row[field] <= 1
+  assert told['health'] == {
+    **dict.fromkeys(('zero_gradient', 'nonfinite_gradient', 'flat_maps', 'already_at_target'), 0),
+    **{'clean_accuracy': 5 / 7, 'num_seen': 7, 'files_left_out': {}},
+  }
   by_kind = {(row['attack'], row['interpreter']): row for row in told['rows']}
   # 4 steps, and the last iterate's check; GRAD's are of second order and its map is made afresh.
   grad = 4 * 4 + 4 // presets.FAST['grad'].every * 2 + 2 + 2
