@@ -158,17 +158,12 @@ class Run(NamedTuple):
     """The 8-bit images of one attack, and what it took."""
     config = self.setup.config
     is_done = ids_done(self.done, attack, list(self.setup.interpreters), name)
-    n, told = len(set(shard.id.tolist()) - is_done), 0.0
+    n, before = len(set(shard.id.tolist()) - is_done), round(self.bar.n)
 
     def on_chunk(evaluations: int, total: int, hit: np.ndarray) -> None:
       rate = f'{np.mean(hit[shard.is_real]):.2f}'
       self.bar.set_postfix_str(f'{attack} {name} step {evaluations}/{total}, success {rate}')
-      advance(evaluations / total)
-
-    def advance(share: float) -> None:
-      nonlocal told
-      self.bar.update(n * (share - told))
-      told = share
+      self.bar.update(before + n * evaluations / total - self.bar.n)
 
     start = self.watch.start()
     x8, history = api.attack_batch(
@@ -181,7 +176,7 @@ class Run(NamedTuple):
       on_chunk=on_chunk,
     )
     x8.block_until_ready()
-    advance(1.0)  # it may have ended early
+    self.bar.n = before + n  # it may have ended early, and shares do not add up to whole numbers
     zero, nonfinite = history.gradients()
     return Attacked(
       x8,
