@@ -475,5 +475,6 @@ def test_as_a_command_it_ends_with_the_table_and_the_report(victim, tmp_path):
     assert shown in done.stderr
   assert any('| cam | adv2 | 2 |' in line for line in table)
   config = json.loads((tmp_path / 'run/metrics.json').read_text())['config']
-  expected = defaults() | victim | {'num_examples': 2, 'workdir': 'run'}
+  changed = {'num_examples': 2, 'workdir': 'run', 'compilation_cache': None}
+  expected = defaults() | victim | changed
   assert config == expected
