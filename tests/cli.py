@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from adv2_jax.weights import zoo
 from experiments import _flags, _setup, attack
 
 SIZE, EPSILON, SEED = 32, 0.05, 3
+FLAGS = '--xla_backend_optimization_level=0'
+TREE = pathlib.Path(attack.__file__).parents[1]
 WHOLE = {'interpreters': ['grad', 'cam']}
 
 
@@ -81,9 +84,8 @@ def select(victim, **changes):
 
 def command(flags, cwd):
   """The command as a user runs it, on one device."""
-  tree = pathlib.Path(attack.__file__).parent.parent
   arguments = [f'--{k}={",".join(v) if isinstance(v, list) else v}' for k, v in flags.items()]
-  env = os.environ | {'PYTHONPATH': str(tree), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  env = os.environ | {'PYTHONPATH': str(TREE), 'XLA_FLAGS': FLAGS}
   return subprocess.run(
     [sys.executable, '-m', 'experiments.attack', *arguments],
     cwd=cwd,
@@ -92,6 +94,55 @@ def command(flags, cwd):
     text=True,
     check=False,
   )
+
+
+# One process imports what takes long and forks for each case.
+CHILDREN = """
+  import json, os, runpy, sys
+  from adv2_jax.training import fit
+  from adv2_jax.workdir import report
+  from experiments import _setup
+
+  cases, outputs = json.loads(sys.argv[1])
+  codes = []
+  for k, (name, flags) in enumerate(cases):
+    child = os.fork()
+    if child == 0:
+      for file, descriptor in outputs:
+        os.dup2(os.open(f'{k}.{file}', os.O_WRONLY | os.O_CREAT), descriptor)
+      sys.argv, code = [name, *flags], 0
+      try:
+        runpy.run_module(f'experiments.{name}', run_name='__main__', alter_sys=True)
+      except SystemExit as error:
+        code = error.code or 0
+      if isinstance(code, str):
+        print(code, file=sys.stderr)
+      sys.stdout.flush()
+      os._exit(code if isinstance(code, int) else 1)  # the usual way out takes a second
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+  with open('codes', 'w') as file:
+    json.dump(codes, file)
+"""
+
+
+def children(cases, folder, env=None, closed=False):
+  """[(exit code, stdout, stderr)] of commands [(name, flags)], each in a process of its own.
+
+  `closed`: standard output is closed, as by `>&-`.
+  """
+  outputs = (('out', 1), ('err', 2))[closed:]
+  closing = ['sh', '-c', 'exec "$@" >&-', 'sh'] if closed else []
+  done = subprocess.run(
+    [*closing, sys.executable, '-c', textwrap.dedent(CHILDREN), json.dumps([cases, outputs])],
+    cwd=folder,
+    env={'PYTHONPATH': str(TREE), 'JAX_PLATFORMS': 'cpu'} if env is None else env,
+    stderr=subprocess.PIPE,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  codes = json.loads((folder / 'codes').read_text())
+  read = lambda k, file: (folder / f'{k}.{file}').read_text(errors='replace')  # noqa: E731
+  return [(c, '' if closed else read(k, 'out'), read(k, 'err')) for k, c in enumerate(codes)]
 
 
 def contents(workdir, *parts):

@@ -161,7 +161,8 @@ def jittered(x: Image, keys: Key, jitter: int) -> Image:
 
   def crop(image: Array, key: Key) -> Array:
     top, left = jax.random.randint(key, (2,), 0, jitter, jnp.int32)
-    return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, image.shape[-1]))
+    start = (top, left, jnp.zeros_like(top))
+    return jax.lax.dynamic_slice(image, start, (height, width, image.shape[-1]))
 
   return jax.vmap(crop)(larger, keys)
 

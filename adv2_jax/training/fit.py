@@ -109,7 +109,7 @@ def pad_crop_flip(key: Key, x: Image, pad: int = 4) -> Image:
   padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
   def crop(image: Array, shift: Array) -> Array:
-    return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), x.shape[1:])
+    return jax.lax.dynamic_slice(image, (*shift, jnp.zeros_like(shift[0])), x.shape[1:])
 
   x = jax.vmap(crop)(padded, shifts)
   return jnp.where(flip, x[:, :, ::-1], x)

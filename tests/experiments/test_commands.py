@@ -1,10 +1,6 @@
 """What all commands share: --help, and wrong flags whose message is the last line on stderr."""
 
-import pathlib
-import subprocess
-import sys
-import textwrap
-
+import cli
 import pytest
 from conftest import flag_defaults
 
@@ -32,44 +28,11 @@ WRONG = [
 ]
 CASES = [*((name, ('--help',)) for name in FLAGS_OF), *((name, flags) for name, flags, _ in WRONG)]
 
-# One process imports what takes long and forks for each case.
-RUN = """
-  import os, runpy, sys
-  from adv2_jax.training import fit as training
-  from adv2_jax.workdir import report
-  from experiments import _setup
-
-  for k, (name, flags) in enumerate({cases!r}):
-    child = os.fork()
-    if child == 0:
-      for file, descriptor in (('out', 1), ('err', 2)):
-        os.dup2(os.open(f'{{k}}.{{file}}', os.O_WRONLY | os.O_CREAT), descriptor)
-      sys.argv, code = [name, *flags], 0
-      try:
-        runpy.run_module(f'experiments.{{name}}', run_name='__main__', alter_sys=True)
-      except SystemExit as error:
-        code = error.code
-      if isinstance(code, str):
-        print(code, file=sys.stderr)
-      sys.stdout.flush()
-      os._exit(code if isinstance(code, int) else 1)  # the usual way out takes a second
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
   """(command, flags) -> exit code, stdout, stderr."""
-  folder = tmp_path_factory.mktemp('commands')
-  code = textwrap.dedent(RUN).format(cases=CASES)
-  env = {'PYTHONPATH': str(pathlib.Path(_flags.__file__).parents[1]), 'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run(
-    [sys.executable, '-c', code], cwd=folder, env=env, capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 0, done.stderr
-  texts = ([(folder / f'{k}.{file}').read_text() for file in ('out', 'err')] for k in range(99))
-  codes = map(int, done.stdout.split())
-  return {case: (code, *next(texts)) for case, code in zip(CASES, codes, strict=True)}
+  return dict(zip(CASES, cli.children(CASES, tmp_path_factory.mktemp('commands')), strict=True))
 
 
 @pytest.mark.parametrize('name', FLAGS_OF)

@@ -13,6 +13,7 @@ from conftest import PARITY
 from parity.weights import numpy_weights
 
 from adv2_jax import interpreters, losses, nets
+from adv2_jax.attacks import presets
 from adv2_jax.classifier import from_linen
 from adv2_jax.interpreters.gradient import path_attribution
 from adv2_jax.types import InputError
@@ -365,6 +366,25 @@ def test_cells_are_four_pixels_on_large_images_and_two_on_small_ones():
 def test_bad_images_and_classes_are_refused_by_all_alike(name, x, y, message):
   with pytest.raises(InputError, match=message):
     interpreters.build(name, tiny.SIZE).explain(CLF, x, y, KEYS)
+
+
+@every_interpreter
+@pytest.mark.parametrize('preset', ['fast', 'authors'])
+def test_types_do_not_depend_on_jax_s_default(name, preset):
+  """Traced only: maps, and a step of the attack, whose state keeps its types."""
+  interpreter = interpreters.build(name, tiny.SIZE)
+  recipe = presets.by_name(preset, name, steps_s1=0, steps_s2=1)
+
+  def run(clf, x):
+    maps = interpreter.explain(clf, x, Y, KEY)
+    batch = tiny.batch(x, Y, maps)
+    ((_, _), (attack, _)) = recipe.schedule(clf, interpreter, recipe.perturbation(0.1), KEY)
+    state, _ = attack.step(batch, attack.init(batch, None))
+    return maps, attack.result(batch, state)
+
+  with jax.enable_x64(True):
+    for found in jax.eval_shape(run, CLF, X):
+      assert found.dtype == jnp.float32
 
 
 @every_interpreter
