@@ -42,6 +42,7 @@ setuptools.setup(
       'hypothesis>=6.100',
       'scipy>=1.13',
       'scikit-learn>=1.5',
+      'equinox>=0.13',
       'ruff>=0.15',
       'mypy>=1.15',
     ],

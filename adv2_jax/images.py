@@ -46,6 +46,11 @@ def from_uint8(image: Any) -> np.ndarray:
 
 def normalised(x: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
   """(x − mean) / std per channel, [B,H,W,C]."""
+  if not len(mean) == len(std) == x.shape[-1]:
+    raise InputError(
+      f'images have {x.shape[-1]} channels, mean {len(mean)} and std {len(std)} numbers; expected '
+      'one number per channel: give mean=(…) and std=(…) that fit the images'
+    )
   mean_, std_ = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
   return (x - mean_) / std_
 

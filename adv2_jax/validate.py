@@ -44,6 +44,28 @@ def traced(*values: Any) -> bool:
   return any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(values))
 
 
+def per_channel(what: str, values: Any, n: int | None = None, *, std: bool) -> tuple[float, ...]:
+  """Means in [0,1], or standard deviations in (0,1], one per channel, n if given; or InputError.
+
+  Those of images in [0,1]: numbers of 0…255 images are the mistake that everybody makes once.
+  """
+  try:
+    numbers = tuple(float(v) for v in values)
+  except (TypeError, ValueError):
+    numbers = ()
+  fits = (lambda v: 0 < v <= 1) if std else (lambda v: 0 <= v <= 1)
+  if numbers and n in (None, len(numbers)) and all(map(fits, numbers)):
+    return numbers
+  count = {None: 'numbers', 1: 'one number', 3: 'three numbers'}.get(n, f'{n} numbers')
+  of_bytes = numbers and all(0 <= v <= 255 for v in numbers) and max(numbers) > 1
+  shown = ','.join(map(str, values)) if isinstance(values, list) else values
+  raise InputError(
+    f'{what} is {shown}; expected {count} {"above 0, at most 1" if std else "from 0 to 1"}, one '
+    'per channel, of images in [0,1]'
+    + (': these look like those of 0…255 images, divide them by 255' if of_bytes else '')
+  )
+
+
 def images(x: Any) -> Image:
   """x as f32[B,H,W,C] in [0,1], or InputError."""
   x = np.asarray(x)

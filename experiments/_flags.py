@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from adv2_jax import data, interpreters, nets
+from adv2_jax import data, interpreters, nets, validate
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
@@ -260,17 +260,7 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
   """The three numbers of --mean or --std; None where the flag is not given."""
   if values is None:
     return None
-  try:
-    numbers = tuple(float(v) for v in values)
-  except ValueError:
-    numbers = ()
-  low = 0 if name.endswith('std') else -math.inf
-  if len(numbers) != 3 or not all(low < v < math.inf for v in numbers):
-    kind = 'finite' if low else 'positive'
-    raise InputError(
-      f'--{name} is {",".join(values)}; expected three {kind} numbers, such as 0.5,0.5,0.5'
-    )
-  return numbers
+  return validate.per_channel(f'--{name}', values, 3, std=name.endswith('std'))
 
 
 def loss_weights(values: list[str] | None) -> saliency.Weights:

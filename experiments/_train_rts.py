@@ -17,7 +17,7 @@ import optax
 from matplotlib.figure import Figure
 
 from adv2_jax import images, metrics, overlay
-from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
+from adv2_jax.classifier import Classifier
 from adv2_jax.data import Dataset
 from adv2_jax.nets import saliency_unet
 from adv2_jax.training import fit as training
@@ -112,15 +112,14 @@ def encoder_of(c: Mapping[str, Any]) -> tuple[str, str]:
 def encoder_input(c: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and std of what the encoder sees: as flags say, as the black box where it is that net."""
   source = encoder_of(c)[1]
-  card = zoo.read_card(zoo.resolve(source))
+  path = zoo.resolve(source)
   is_black_box = source == (c['weights'] or c['model'])
 
-  def of(name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+  def of(name: str) -> tuple[float, ...] | None:
     given = _flags.floats(c[f'encoder_{name}'], f'encoder_{name}')
-    same = _flags.floats(c[name], name) if is_black_box else None
-    return tuple(given or same or card.get(name, usual))
+    return given or (_flags.floats(c[name], name) if is_black_box else None)
 
-  return of('mean', IMAGENET_MEAN), of('std', IMAGENET_STD)
+  return zoo.statistics(path, zoo.read_card(path), of('mean'), of('std'))
 
 
 def build(c: Mapping[str, Any], shape: tuple[int, ...], labels: np.ndarray, key: Key) -> Net:

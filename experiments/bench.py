@@ -14,7 +14,6 @@ step takes, weights included. The steps of the two attacks on MASK (`--steps mas
 
 import json
 import os
-import pathlib
 import platform
 import sys
 import time
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adv2_jax import images, interpreters, nets
+from adv2_jax import images, interpreters, nets, validate
 from adv2_jax.attacks import perturbations
 from adv2_jax.attacks.loop import adv2, run_chunk
 from adv2_jax.attacks.mask_alternation import adv2_mask
@@ -288,7 +287,8 @@ def main(config: Mapping[str, Any]) -> None:
   """The whole command."""
   figures = bench(config)
   if out := config['out']:
-    with store.writing(pathlib.Path(out), 'choose another --out'):
+    out = validate.user_path(out)
+    with store.writing(out, 'choose another --out'):
       images.write_atomic(out, (json.dumps(figures, indent=1) + '\n').encode())
     print(out)
 

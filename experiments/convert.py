@@ -12,20 +12,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adv2_jax import validate
 from adv2_jax.types import InputError
 from adv2_jax.weights import files as weight_files
 from adv2_jax.weights import zoo
+
+# Keys under which training scripts keep the state dict.
+_WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'net', 'module', 'params')
 
 
 def convert(source: pathlib.Path, target: pathlib.Path) -> zoo.Tensors:
   """Writes the tensors of a torch checkpoint to `target`, under this project's names.
 
-  Unwraps what training scripts put around a state dict: an outer 'state_dict' or 'model', the
-  prefix 'module.'.
+  Unwraps what training scripts put around a state dict: an outer 'state_dict' or 'model', prefixes
+  such as 'module.'.
 
   Raises:
-    InputError: no torch, nothing to read, not a state dict, or a target that exists already.
+    InputError: no torch, nothing to read, not a state dict, tensors that are no floats, or a target
+      that exists already.
   """
+  source, target = validate.user_path(source), validate.user_path(target)
   if target.suffix != '.safetensors':
     raise InputError(f'output {target} must end in .safetensors')
   if target.exists():
@@ -43,22 +49,26 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> zoo.Tensors:
   except Exception as e:  # torch raises pickle, zip, runtime and other errors
     first = next(iter(str(e).strip().splitlines()), type(e).__name__)
     raise InputError(f'{source}: not a checkpoint of tensors alone ({first})') from e
-  tensors = {
-    name: tensor.detach().float().numpy()
-    for name, tensor in _state_dict(content, source).items()
-    if torch.is_tensor(tensor)
-  }
+  tensors = {}
+  floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+  for name, tensor in _state_dict(content, source).items():
+    if not torch.is_tensor(tensor) or name.endswith('num_batches_tracked'):
+      continue
+    if tensor.dtype not in floats:
+      raise weight_files.dtype_error(source, name, tensor.dtype)
+    tensors[name] = tensor.detach().float().numpy()
   if not tensors:
     raise InputError(f'{source}: holds no tensors; expected a state dict')
-  tensors = zoo.canonical(tensors)
+  tensors = zoo.canonical(tensors, source)
   weight_files.write_safetensors(target, tensors)
   return tensors
 
 
 def _state_dict(content: Any, source: pathlib.Path) -> Mapping[str, Any]:
-  for key in ('state_dict', 'model'):
-    if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-      content = content[key]
+  inside = content
+  while isinstance(inside, Mapping):
+    content = inside
+    inside = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
   if not isinstance(content, Mapping):
     raise InputError(f'{source}: holds a {type(content).__name__}; expected a state dict')
   return content

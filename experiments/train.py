@@ -31,7 +31,7 @@ import numpy as np
 import tqdm
 from matplotlib.figure import Figure
 
-from adv2_jax import data, images, interpreters, metrics, nets
+from adv2_jax import data, images, interpreters, metrics, nets, validate
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.training import classifier as classifying
 from adv2_jax.training import fit as training
@@ -213,7 +213,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
     nets.build(name)  # Wrong names are told before anything is decoded.
   for source in filter(None, (c['weights'], c['encoder_weights'])):
     zoo.read_tensors(source)
-  path = c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}'
+  path = validate.user_path(c['workdir'] or f'runs/train-{c["task"]}-{c["model"]}')
   store.check_workdir(path, c, c['resume'])
   to_train, held_out = open_data(c)
   datasets = {'data': to_train.dataset}

@@ -1,5 +1,11 @@
 """Adapters give one and the same classifier; check_classifier finds each way to be a bad one."""
 
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +14,7 @@ import tiny
 from flax import nnx
 
 from adv2_jax import check_classifier, from_fn, from_linen, from_nnx, interpreters
+from adv2_jax.classifier import require
 from adv2_jax.nets import soft_relu
 from adv2_jax.types import InputError, Outputs
 
@@ -101,8 +108,8 @@ def test_from_fn_without_a_surrogate_warns():
 
 
 def test_a_module_without_act_warns():
-  class NoAct(tiny.nn.Module):
-    @tiny.nn.compact
+  class NoAct(nn.Module):
+    @nn.compact
     def __call__(self, x):
       return x.mean((1, 2)), {'features': x}
 
@@ -131,10 +138,310 @@ def test_the_surrogate_replaces_no_activation_but_relu(adapter):
   np.testing.assert_allclose(surrogate.logits, jax.jit(type(clf).__call__)(clf, X).logits, 1e-6)
 
 
-@pytest.mark.parametrize('std', [(0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, np.nan, 0.2)])
-def test_std_must_be_positive(std):
-  with pytest.raises(InputError, match='std is'):
-    from_linen(tiny.TinyNet(), {}, std=std)
+# --- activations other than ReLU ------------------------------------------------------------------
+
+
+class Block(nn.Module):
+  features: int
+  stride: int = 1
+  act: Callable[[jax.Array], jax.Array] = nn.relu6
+
+  @nn.compact
+  def __call__(self, x):
+    return self.act(nn.Conv(self.features, (3, 3), self.stride, name='conv')(x))
+
+
+class InnerBlocks(nn.Module):
+  """Has no field itself; one block is made in setup, one in the call, and is checkpointed."""
+
+  def setup(self):
+    self.first = Block(8, 2)
+    self.fc = nn.Dense(tiny.CLASSES)
+
+  @nn.compact
+  def __call__(self, x, train):
+    del train
+    features = nn.remat(Block)(6, name='second')(self.first(x))
+    return self.head(features), {'features': features}
+
+  def head(self, features):
+    return self.fc(features.mean((1, 2)))
+
+
+class InSequence(nn.Module):
+  """Functions in a list; the head is a module."""
+
+  def setup(self):
+    layers = [nn.Conv(8, (3, 3), 2), nn.relu6, nn.Conv(6, (3, 3)), nn.relu6]
+    self.body = nn.Sequential(layers)
+    self.head = nn.Sequential([lambda a: a.mean((1, 2)), nn.Dense(tiny.CLASSES)])
+
+  def __call__(self, x, deterministic=False):
+    features = self.body(x)
+    return self.head(features), {'features': features}
+
+
+class NnxSequence(NnxNet):
+  def __init__(self, params):
+    super().__init__(params)
+    act = nnx.relu6
+    self.act, self.body = None, nnx.Sequential(self.conv1, act, self.conv2, act)
+
+  def __call__(self, x):
+    features = self.body(x)
+    return self.head(features), {'features': features}
+
+
+def relu6_nets(params):
+  """`tiny.TinyNet` with ReLU6, the activation hidden in different places."""
+  conv1, conv2, fc = (params[name] for name in ('conv1', 'conv2', 'fc'))
+  blocks = {'first': {'conv': conv1}, 'second': {'conv': conv2}, 'fc': fc}
+  sequence = {'body': {'layers_0': conv1, 'layers_2': conv2}, 'head': {'layers_1': fc}}
+  model = NnxNet(params)
+  model.act = nnx.relu6
+  return {
+    'field': lambda: from_linen(tiny.TinyNet(act=nn.relu6), {'params': params}, **STATS),
+    'inner blocks': lambda: from_linen(InnerBlocks(), {'params': blocks}, **STATS),
+    'sequence': lambda: from_linen(InSequence(), {'params': sequence}, **STATS),
+    'nnx field': lambda: from_nnx(model, **STATS),
+    'nnx sequence': lambda: from_nnx(NnxSequence(params), **STATS),
+  }
+
+
+@functools.cache
+def by_hand():
+  """The attack's gradient through ReLU6 = soft(z) − soft(z − 6), written as plain functions."""
+  params, apply, head, _ = plain_functions(tiny.classifier().params['params'])
+
+  def surrogate(p, x, act=soft_relu):
+    return apply(p, x, lambda z: act(z) - act(z - 6))
+
+  return map_gradient(from_fn(params, lambda p, x: apply(p, x, nn.relu6), head, surrogate))
+
+
+def map_gradient(clf):
+  interpreter = interpreters.grad(pool=2, tau=1e-2, form='smooth')
+
+  @jax.jit
+  def run(clf, x):
+    return jax.grad(lambda v: interpreter.unroll(clf, v, Y, (), jax.random.key(0)).maps.sum())(x)
+
+  return np.asarray(run(clf, 3 * X))  # 3: far enough for the kink at 6
+
+
+@pytest.mark.parametrize('where', relu6_nets(tiny.classifier().params['params']))
+def test_relu6_is_smoothed_wherever_it_stands(where):
+  clf = relu6_nets(tiny.classifier().params['params'])[where]()
+  expected = by_hand()
+  np.testing.assert_allclose(map_gradient(clf), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(('act', 'name'), [(jnp.sign, 'sign'), (nn.PReLU(), 'PReLU')])
+def test_activations_that_cannot_be_told_are_warned_of(act, name):
+  """A step; a layer with a slope of its own."""
+  params = tiny.classifier().params
+  with pytest.warns(UserWarning, match=rf'TinyNet\.act is {name}, whose kinks cannot be told'):
+    from_linen(tiny.TinyNet(act=act), params)
+  model = NnxNet(params['params'])
+  model.act = act
+  with pytest.warns(UserWarning, match=rf'NnxNet\.act is {name}'):
+    from_nnx(model)
+
+
+# --- what is kept of a model ----------------------------------------------------------------------
+
+
+def test_the_user_s_model_stays_as_it_is_and_later_changes_do_not_matter():
+  model = NnxNet(tiny.classifier().params['params'], dropout=0.5)
+  model.train()
+  clf = from_nnx(model, **STATS)
+  assert not model.dropout.deterministic
+  before = clf(X).logits
+  model.fc.kernel[...] *= 2
+  np.testing.assert_array_equal(clf(X).logits, before)
+
+
+@pytest.mark.parametrize('adapter', ['linen', 'fn'])
+def test_numpy_parameters_are_copied(adapter):
+  params = jax.tree.map(np.array, tiny.classifier().params)
+  if adapter == 'linen':
+    clf = from_linen(tiny.TinyNet(), params)
+  else:
+    clf = from_fn(*plain_functions(params['params']))
+  before = jax.tree.map(np.array, clf.params)
+  jax.tree.map(lambda v: v.fill(7), params)
+  jax.tree.map(np.testing.assert_array_equal, clf.params, before)
+
+
+def test_the_same_module_gives_the_same_functions():
+  """Else every epoch's classifier would be traced, and kept, anew."""
+  linen, nnx_ = (
+    [make() for _ in range(2)]
+    for make in (
+      lambda: from_linen(tiny.TinyNet(), {'params': jnp.ones(2)}),
+      lambda: from_nnx(NnxNet(tiny.classifier().params['params'])),
+    )
+  )
+  for one, other in (linen, nnx_):
+    for name in ('apply_fn', 'head_fn', 'surrogate_fn'):
+      assert getattr(one, name) is getattr(other, name)
+  assert from_linen(tiny.TinyNet(), (), mean=(0, 0, 0)).apply_fn is not linen[0].apply_fn
+  assert from_linen(tiny.TinyNet(pools=False), ()).apply_fn is not linen[0].apply_fn
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_logits_are_float32_whatever_the_net_computes_in(dtype):
+  params, apply, head, surrogate = plain_functions(
+    jax.tree.map(lambda v: v.astype(dtype), tiny.classifier().params['params'])
+  )
+  half = lambda fn: lambda p, x, **kwargs: fn(p, x.astype(dtype), **kwargs)  # noqa: E731
+  clf = from_fn(params, half(apply), head, half(surrogate))
+  out = jax.eval_shape(clf, X)
+  assert out.taps['features'].dtype == dtype
+  soft = jax.eval_shape(clf.surrogate, X).logits
+  for logits in (out.logits, soft, jax.eval_shape(clf.head, out.taps['features'])):
+    assert logits.dtype == jnp.float32
+  for interpreter in (interpreters.cam(), interpreters.grad_cam(), interpreters.grad(pool=2)):
+    maps = jax.eval_shape(interpreter.explain, clf, X, Y, jax.random.key(0))
+    assert maps.dtype == jnp.float32
+
+
+def test_copies_work_and_pickle_says_what_to_do():
+  clf = tiny.classifier()
+  assert copy.deepcopy(clf).apply_fn is clf.apply_fn
+  with pytest.raises((pickle.PicklingError, AttributeError), match=r'pickle clf\.params'):
+    pickle.dumps(clf)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('stats', 'words'),
+  [
+    ({'std': (0.2, 0.0, 0.2)}, 'std is'),
+    ({'std': (0.2, np.nan, 0.2)}, 'std is'),
+    ({'std': (58.4, 57.1, 57.4)}, 'std is .*divide them by 255'),
+    ({'mean': (123.675, 116.28, 103.53)}, 'mean is .*divide them by 255'),
+    ({'mean': (-2.1, 0.5, 0.5)}, 'mean is'),
+    ({'mean': (0.5,)}, 'std is .*; expected one number'),
+    ({'mean': ()}, 'mean is'),
+  ],
+)
+@pytest.mark.parametrize('adapter', ['linen', 'nnx'])
+def test_mean_and_std_are_those_of_images_in_the_unit_interval(adapter, stats, words):
+  make = from_nnx if adapter == 'nnx' else functools.partial(from_linen, variables={})
+  with pytest.raises(InputError, match=words):
+    make(NnxNet({}) if adapter == 'nnx' else tiny.TinyNet(), **stats)
+
+
+@pytest.mark.parametrize('stats', [{}, {'mean': (0.5,), 'std': (0.2,)}])
+def test_means_that_do_not_fit_the_channels_are_named(stats):
+  """The three usual ones would make three channels of a grey image's one."""
+  clf = from_linen(tiny.TinyNet(), tiny.classifier().params, **stats)
+  channels = 3 if stats else 1
+  with pytest.raises(InputError, match=f'have {channels} channels, mean {4 - channels} and std'):
+    jax.eval_shape(clf, X[..., :channels])
+
+
+@pytest.mark.parametrize('takes', ['train', 'deterministic', 'use_running_average'])
+@pytest.mark.parametrize('default', [True, False, None])
+def test_modules_are_told_that_they_are_not_trained(takes, default):
+  """By an argument, required (None) or not, of the call or the head, or by a field."""
+  code = f"""
+class Net(nn.Module):
+  {takes}: bool = {default}
+  def __call__(self, x, {takes}{'' if default is None else f'={default}'}):
+    return self.head(x, {takes}), {{'features': x}}
+  def head(self, x, {takes}):
+    assert {takes} is self.{takes} is {takes != 'train'}
+    return x.mean((1, 2))
+"""
+  space = {'nn': nn}
+  exec(code, space)
+  with pytest.warns(UserWarning, match='plain ReLU'):
+    clf = from_linen(space['Net'](), {})
+  clf.head(clf(X).taps['features'])
+
+
+def test_an_argument_of_unknown_meaning_is_named():
+  class Net(nn.Module):
+    def __call__(self, x, mask):
+      return x
+
+  with pytest.raises(InputError, match="Net needs the argument 'mask'"):
+    from_linen(Net(), {})
+
+
+class Returns(nn.Module):
+  what: str
+  act: Callable = nn.relu
+
+  def __call__(self, x):
+    logits = x.mean((1, 2))
+    return {'logits': logits, 'three': (logits, x, x), 'taps': (logits, x), 'vector': (x, {})}[
+      self.what
+    ]
+
+
+class NnxReturns(nnx.Module):
+  def __init__(self, what):
+    self.what, self.act = what, nn.relu
+
+  def __call__(self, x):
+    return Returns(self.what).apply({}, x)
+
+
+@pytest.mark.parametrize(
+  ('what', 'found'),
+  [
+    ('logits', r'returned an array \[3, 3\]'),
+    ('three', r'returned \(.*, .*, .*\)'),
+    ('taps', r'returned \(.*, .*\)'),
+    ('vector', r'returned an array \[3, 16, 16, 3\] for logits'),
+    ('head', 'has no head'),
+  ],
+)
+def test_each_adapter_shows_what_a_model_must_return(what, found):
+  module, model = Returns(what), NnxReturns(what)
+  fn = lambda p, x: module.apply({}, x)  # noqa: E731
+  for name, clf in (
+    ('Returns', from_linen(module, {})),
+    ('NnxReturns', from_nnx(model)),
+    ('<lambda>', from_fn({}, fn, None, fn)),
+  ):
+    calls = [clf.head] if what == 'head' else [clf, clf.surrogate]
+    for call in calls:
+      with pytest.raises(InputError, match=found) as error:
+        call(X)
+      assert name in str(error.value) or 'surrogate' in str(error.value)
+      assert "return logits, {'features': a}" in str(error.value)
+      assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (lambda: from_linen(NnxReturns('x'), {}), 'module is an NNX module, NnxReturns.*from_nnx'),
+    (lambda: from_linen(tiny.TinyNet, {}), 'the class TinyNet; give an instance'),
+    (lambda: from_nnx(tiny.TinyNet()), 'model is a Linen module, TinyNet.*from_linen'),
+    (lambda: from_fn({}, tiny.TinyNet(), None, None), 'apply_fn is a Linen module'),
+    (lambda: from_fn({}, None, None, None), 'apply_fn is of type NoneType'),
+    (lambda: require(tiny.TinyNet()), r'a Linen module, TinyNet; .*from_linen\(module, variables'),
+    (lambda: require(NnxReturns('x')), 'an NNX module, NnxReturns; .*from_nnx'),
+    (lambda: require(lambda x: x), 'a function; .*from_fn'),
+    (lambda: require({'params': X}), 'of type dict; expected what load_classifier'),
+  ],
+)
+def test_what_is_no_classifier_is_told_what_makes_one(make, words):
+  """By its kind and name: a dump of a module's arrays would bury the message."""
+  with pytest.raises(InputError, match=words) as error:
+    make()
+  assert len(str(error.value)) < 160
+
+
+def test_a_classifier_is_what_is_required():
+  assert require(tiny.classifier()) is tiny.classifier()
 
 
 def test_dropout_is_off_and_its_random_state_in_nobody_s_way():
@@ -240,16 +547,3 @@ def test_bad_classifiers_are_told_what_to_do(what):
 def test_bad_images_for_the_check(x, message):
   with pytest.raises(InputError, match=message):
     check_classifier(tiny.classifier(), x)
-
-
-@pytest.mark.parametrize(
-  ('returned', 'message'),
-  [
-    (lambda z: z, '<lambda> returned a .*; expected the pair .logits, taps. with taps a dict'),
-    (lambda z: (z, z), r'returned \(.*, .*\); expected the pair'),
-  ],
-)
-def test_from_fn_tells_what_its_functions_must_return(returned, message):
-  clf = from_fn((), lambda p, x: returned(x.mean((1, 2))), None, lambda p, x: None)
-  with pytest.raises(InputError, match=message):
-    clf(jnp.zeros((1, 4, 4, 3)))

@@ -77,7 +77,7 @@ class Interpreter(flax.struct.PyTreeNode):
       y = validate.labels(y, len(x), num_classes, 'y')
       validate.explicable(y, self, 'y')
     maps = self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
-    return maps.astype(jnp.float32)  # whatever the net computes in
+    return self._checked(maps, x)
 
   def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
     """The carry before the first attack step; x are the clean images."""
@@ -85,7 +85,29 @@ class Interpreter(flax.struct.PyTreeNode):
 
   def unroll(self, clf: Any, x: Image, y: Label, carry: Carry, key: Key) -> Unrolled:
     """The maps of this attack step, differentiable in x."""
-    return self.unroll_fn(self.params, clf, x, y, carry, example_keys(key, len(x)))
+    seen = self.unroll_fn(self.params, clf, x, y, carry, example_keys(key, len(x)))
+    return seen._replace(maps=self._checked(seen.maps, x))
+
+  def _checked(self, maps: PyTree, x: Image) -> PyTree:
+    """Maps in float32, whatever the net computes in.
+
+    Raises:
+      InputError: other shapes than […,B,h,w]; single cells, where any two maps are the same and
+        every attack perfect.
+    """
+
+    def check(maps: Array) -> Array:
+      if maps.ndim < 3 or maps.shape[-3] != len(x):
+        raise InputError(f'{self.name} made maps of {maps.shape}; expected [B,h,w], B={len(x)}')
+      if maps.shape[-2:] == (1, 1):
+        raise InputError(
+          f'{self.name} makes maps of a single cell from images of {x.shape[1]}×{x.shape[2]} '
+          'pixels, which show nothing: take larger images (--image_size), a smaller pool, or '
+          'another interpreter, such as grad'
+        )
+      return maps.astype(jnp.float32)
+
+    return jax.tree.map(check, maps)
 
 
 def one_per_setting(factory: Callable[P, T]) -> Callable[P, T]:

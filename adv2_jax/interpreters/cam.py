@@ -15,49 +15,81 @@ from adv2_jax.interpreters.base import (
   min_max,
   one_per_setting,
 )
-from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree
+from adv2_jax.types import Array, Image, InputError, Key, Label, Map, Outputs, PyTree
+
+
+def _features(out: Outputs) -> Array:
+  if 'features' not in out.taps:
+    raise InputError(
+      f"taps hold {sorted(out.taps)}; CAM and Grad-CAM need 'features', the head's input [B,h,w,F]"
+    )
+  return out.taps['features']
 
 
 def _head_gradient(clf: Any, features: Array, y: Label) -> Array:
-  """∂z_y/∂A, [B,h,w,F]."""
-  return jax.grad(lambda a: jnp.sum(class_logit(clf.head(a), y)))(features)
+  """∂z_y/∂A, f32[B,h,w,F] whatever the net computes in."""
+  g = jax.grad(lambda a: jnp.sum(class_logit(clf.head(a), y)))(features)
+  return g.astype(jnp.float32)
+
+
+def _is_even(g: Array) -> bool:
+  """Whether a gradient [B,h,w,F] is the same at every place, or not finite, so that who knows."""
+  values = np.asarray(g, np.float64)
+  if not np.isfinite(values).all():
+    return True
+  uneven = np.abs(values - values.mean(axis=(1, 2), keepdims=True)).max()
+  rounding = 1e-4 if g.dtype == jnp.float32 else 2e-2
+  return bool(uneven <= rounding * np.abs(values).max())
 
 
 @functools.lru_cache(maxsize=64)
 def _pools_globally(
-  head_fn: Callable[[PyTree, Array], Array], treedef: Any, leaves: tuple, feature_shape: tuple
+  head_fn: Callable[[PyTree, Array], Array],
+  treedef: Any,
+  leaves: tuple,
+  feature_shape: tuple[int, ...],
+  feature_dtype: Any,
 ) -> bool:
-  """Whether ∂z_y/∂A is the same at every place, tried on made-up parameters and features.
+  """Whether ∂z/∂A is the same at every place, tried on made-up parameters and features.
 
-  Made-up, because the true ones may be tracers; a head that pools globally does so with any. One
-  that gives no finite derivative with them cannot be told, and passes.
+  Made-up, because the true ones may be tracers; a head that pools globally does so with any. They
+  have both signs, else a ReLU before the pooling would not show. One that gives no finite
+  derivative with such is asked with positive ones, for a batch norm's variances are among them; one
+  that gives none then either cannot be told, and passes.
   """
+
+  def gradient(lowest: float) -> Array:
+    features = _made_up((1, *feature_shape), feature_dtype, -1.0)
+    params = jax.tree.unflatten(
+      treedef, [_made_up(shape, dtype, lowest) for shape, dtype in leaves]
+    )
+    logits, by_features = jax.vjp(lambda a: head_fn(params, a), features)
+    return by_features(_made_up(logits.shape, logits.dtype, -1.0))[0]
+
   with jax.ensure_compile_time_eval():
-    params = jax.tree.unflatten(treedef, [_made_up(*leaf) for leaf in leaves])
-    features = np.resize(1 + np.sin(np.arange(1, 4097)), (1, *feature_shape)).astype(np.float32)
-    g = jax.grad(lambda a: head_fn(params, a)[0, 0])(jnp.asarray(features))
-  g = np.asarray(g, np.float64)
-  if not np.isfinite(g).all():
-    return True
-  return bool(np.abs(g - g.mean(axis=(1, 2), keepdims=True)).max() <= 1e-4 * np.abs(g).max())
+    tried = [gradient(-1.0), gradient(1.0)]
+  return all(map(_is_even, tried))
 
 
-def _made_up(shape: tuple[int, ...], dtype: Any) -> Array:
+def _made_up(shape: tuple[int, ...], dtype: Any, lowest: float) -> Array:
+  """Numbers from `lowest` to `lowest` + 2, mixed so that no axis sees the same ones again."""
   if jnp.issubdtype(dtype, jax.dtypes.prng_key):  # NNX keeps those of its dropout
     return jnp.broadcast_to(jax.random.key(0), shape)
   if not jnp.issubdtype(dtype, jnp.floating):
     return jnp.zeros(shape, dtype)
-  # Positive, for a batch norm's variances are among them.
-  return jnp.asarray(np.resize(1.5 + 0.5 * np.cos(np.arange(1, 8192)), shape), dtype)
+  return jnp.asarray(np.resize(lowest + 1 + np.cos(np.arange(1, 8192) ** 2), shape), dtype)
 
 
-def _require_global_pooling(clf: Any, features: Array) -> None:
+def _require_global_pooling(clf: Any, features: Array, g: Array) -> None:
+  """InputError for a head that does not pool; g = ∂z_y/∂A is looked at where it is no tracer."""
   leaves, treedef = jax.tree.flatten(clf.params)
   shapes = tuple((np.shape(v), jnp.result_type(v)) for v in leaves)
-  if not _pools_globally(clf.head_fn, treedef, shapes, features.shape[1:]):
+  pools = _pools_globally(clf.head_fn, treedef, shapes, features.shape[1:], features.dtype)
+  if not pools or not (isinstance(g, jax.core.Tracer) or _is_even(g)):
     raise InputError(
-      'CAM needs a head that averages the features over all places (global average pooling) '
-      'before its weights; this head treats places differently: use interpreters.grad_cam()'
+      'CAM needs a head that averages the features over all places (global average pooling) before '
+      'anything else; this head treats places differently: give the activations that it averages '
+      "as taps['features'], or use interpreters.grad_cam()"
     )
 
 
@@ -72,9 +104,10 @@ def cam() -> Interpreter:
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
     del params, keys
     out = clf(x)
-    features = out.taps['features']
-    _require_global_pooling(clf, features)
-    return min_max(jnp.sum(_head_gradient(clf, features, y) * features, axis=-1)), out.logits
+    features = _features(out)
+    g = _head_gradient(clf, features, y)
+    _require_global_pooling(clf, features, g)
+    return min_max(jnp.sum(g * features, axis=-1)), out.logits
 
   return from_map(explain, name='cam', passes=(1, 2))
 
@@ -90,7 +123,7 @@ def grad_cam() -> Interpreter:
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> tuple[Map, Array]:
     del params, keys
     out = clf(x)
-    features = out.taps['features']
+    features = _features(out)
     weights = jnp.mean(_head_gradient(clf, features, y), axis=(1, 2), keepdims=True)
     evidence = jax.nn.relu(jnp.sum(weights * features, axis=-1))
     top = jnp.max(evidence, axis=(1, 2), keepdims=True)

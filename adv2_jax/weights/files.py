@@ -8,9 +8,11 @@ import hashlib
 import os
 import pathlib
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,13 +47,21 @@ def read_npz(path: pathlib.Path) -> Tensors:
 def read_safetensors(path: pathlib.Path) -> Tensors:
   """The tensors of a safetensors file."""
   try:
+    with safetensors.safe_open(path, 'numpy') as file:
+      for name in file.keys():  # noqa: SIM118  # it is no mapping
+        stored = file.get_slice(name).get_dtype()
+        if stored.startswith('F') and stored not in ('F16', 'F32', 'F64'):  # F8_E4M3, …
+          raise dtype_error(path, name, stored)
     return safetensors.numpy.load_file(path)
+  except InputError:
+    raise
   except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
     raise _broken(path, 'a safetensors file', e) from e
 
 
 def read_orbax(path: pathlib.Path) -> PyTree:
-  """The Flax variables that orbax wrote into a directory."""
+  """The Flax variables that orbax wrote into a directory; of a manager's root, the newest step."""
+  path = _newest_step(path)
   import orbax.checkpoint.experimental.v1 as ocp  # slow to import, and the only import of it
 
   wanted = ('params', 'batch_stats')
@@ -73,6 +83,20 @@ def read_orbax(path: pathlib.Path) -> PyTree:
   if 'params' not in tree:
     raise InputError(f'{path}: the checkpoint has no "params"; save {{params, batch_stats}}')
   return {name: tree[name] for name in wanted if name in tree}
+
+
+def _newest_step(path: pathlib.Path) -> pathlib.Path:
+  """The directory itself, or, where it holds a manager's steps, the one with the largest number."""
+  inside = [p.name for p in path.iterdir()]
+  if not inside:
+    raise InputError(f'{path}: not an orbax checkpoint, the directory is empty')
+  numbered = [(re.fullmatch('(?:.*_)?([0-9]+)', name), name) for name in inside]
+  steps = {int(m[1]): name for m, name in numbered if m and (path / name).is_dir()}
+  if not steps or {'_METADATA', '_CHECKPOINT_METADATA'} & {*inside}:
+    return path
+  newest = path / steps[max(steps)]
+  warnings.warn(f'{path} holds {len(steps)} steps; {newest.name} is read', stacklevel=2)
+  return newest
 
 
 def download(source: str) -> pathlib.Path:
@@ -113,6 +137,15 @@ def _broken(path: pathlib.Path, expected: str, e: Exception) -> InputError:
   if head[:1] == b'\x80' and head[1:] in (b'\x02', b'\x03', b'\x04', b'\x05'):
     return pickle_error(path)
   return InputError(f'{path}: not {expected}, or only part of one ({_one_line(e)}); get it again')
+
+
+def dtype_error(source: str | os.PathLike, name: str, dtype: Any) -> InputError:
+  """The refusal of a tensor that is not of a usual float dtype."""
+  remedy = 'NumPy writes bfloat16 so' if str(dtype).endswith('V2') else 'not quantised ones'
+  return InputError(
+    f'{source}: tensor {name!r} is {dtype}; expected float32, float16, bfloat16 or float64 '
+    f'({remedy}): save it as float32'
+  )
 
 
 def pickle_error(path: str | os.PathLike) -> InputError:

@@ -15,11 +15,13 @@ checked before its weights are used.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from adv2_jax import images, nets
+from adv2_jax import images, nets, validate
 from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, from_linen
 from adv2_jax.interpreters.rts import Decoder
 from adv2_jax.nets import saliency_unet
@@ -53,6 +55,7 @@ _LEAVES = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
+_DTYPES = ('float32', 'float16', 'bfloat16', 'float64')
 _OLD_DENSENET = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)\.')
 
 
@@ -173,17 +176,39 @@ def _flax_layout(path: Path, x: np.ndarray) -> np.ndarray:
   return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def canonical(tensors: Mapping[str, np.ndarray]) -> Tensors:
+def canonical(tensors: Mapping[str, np.ndarray], source: str | os.PathLike = 'weights') -> Tensors:
   """Tensors under the names used here.
 
-  Drops `num_batches_tracked` (a counter that torch keeps) and the prefix `module.` (of
-  DataParallel), and writes the `norm.1` of old DenseNet files as `norm1`.
+  Drops `num_batches_tracked` (a counter that torch keeps), takes off what all names begin with
+  (`module.`, `_orig_mod.`, `model.`: wrappers), with a warning, and writes the `norm.1` of old
+  DenseNet files as `norm1`.
+
+  Raises:
+    InputError: a tensor of integers, or of another dtype that is no usual float.
   """
+  tensors = {k: v for k, v in tensors.items() if not k.endswith('num_batches_tracked')}
+  for name, tensor in tensors.items():
+    if tensor.dtype.name not in _DTYPES:
+      raise weight_files.dtype_error(source, name, tensor.dtype)
+  prefix = wrapper(tensors)
+  if prefix:
+    warnings.warn(f'{source}: the prefix {prefix!r} of all names is left out', stacklevel=3)
   return {
-    _OLD_DENSENET.sub(r'\1\2.', name.removeprefix('module.')): tensor
+    _OLD_DENSENET.sub(r'\1\2.', name.removeprefix(prefix)): tensor
     for name, tensor in tensors.items()
-    if not name.endswith('num_batches_tracked')
   }
+
+
+def wrapper(names: Iterable[str]) -> str:
+  """The modules around the net, 'module._orig_mod.'; '' where there are none.
+
+  No net here is one module alone, so what all names begin with is around it; a layer alone, such
+  as 'fc.', is none.
+  """
+  split = [name.split('.') for name in names]
+  deep = min((len(parts) for parts in split), default=0) - 2  # a layer and its tensor stay
+  first = itertools.takewhile(lambda column: len({*column}) == 1, zip(*split, strict=False))
+  return ''.join(f'{column[0]}.' for column in itertools.islice(first, max(deep, 0)))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -214,7 +239,7 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     raise weight_files.pickle_error(text)
   if text.startswith('hf://'):
     return weight_files.download(text)
-  path = built_in().get(text, pathlib.Path(text))
+  path = built_in().get(text, validate.user_path(text))
   if not path.exists():
     known = ', '.join(built_in()) or 'none'
     raise InputError(f'no weights at {text!r}; expected {SOURCES} (built in: {known})')
@@ -244,21 +269,21 @@ def read_tensors(source: str | os.PathLike) -> Tensors:
       variables, or hf://owner/name[/FILE] (FILE defaults to model.safetensors).
 
   Raises:
-    InputError: missing, empty, truncated or of another format; differs from its card's sha256; a
-      pickle, which is refused with the command that converts it.
+    InputError: missing, empty, truncated or of another format; differs from its card's sha256;
+      tensors that are no floats; a pickle, which is refused with the command that converts it.
   """
   path = resolve(source)
   if path.is_dir():
-    return canonical(to_tensors(weight_files.read_orbax(path)))
+    return canonical(to_tensors(weight_files.read_orbax(path)), path)
   if path.stat().st_size == 0:
     raise InputError(f'{path}: the file is empty; get it again')
   expected = read_card(path).get('sha256') or weight_files.hub_sha256(path)
   if expected and weight_files.sha256(path.read_bytes()) != expected:
     raise InputError(f'{path}: the sha256 is not the recorded {expected}; get the file again')
   if path.suffix == '.npz':
-    return canonical(weight_files.read_npz(path))
+    return canonical(weight_files.read_npz(path), path)
   if path.suffix == '.safetensors':
-    return canonical(weight_files.read_safetensors(path))
+    return canonical(weight_files.read_safetensors(path), path)
   raise InputError(f'{path}: unknown weights format {path.suffix!r}; expected {SOURCES}')
 
 
@@ -271,7 +296,7 @@ def save_checkpoint(path: str | os.PathLike, variables: PyTree, card: Mapping[st
   Raises:
     InputError: the card lacks one of `CARD_FIELDS`, or a kernel is beyond float16.
   """
-  path = pathlib.Path(path)
+  path = validate.user_path(path)
   missing = [field for field in CARD_FIELDS if field not in card and field != 'sha256']
   if missing:
     raise InputError(f'the card of {path} lacks {missing[0]!r}; expected {", ".join(CARD_FIELDS)}')
@@ -327,31 +352,31 @@ def load_classifier(
     raise InputError(f'num_classes is {num_classes}; expected at least 1')
   path = resolve(weights)
   card = read_card(path)
-  mean = _per_channel('mean', card.get('mean', IMAGENET_MEAN) if mean is None else mean)
-  std = _per_channel('std', card.get('std', IMAGENET_STD) if std is None else std)
+  mean, std = statistics(path, card, mean, std)
   tensors = read_tensors(path)
   defaults = nets.DEFAULTS[name]
   num_classes = num_classes or _num_classes(tensors, defaults.head) or defaults.num_classes
-  module, classifier = _empty_classifier(name, num_classes, mean, std, dtype_name)
-  return classifier.replace(params=load_variables(module, tensors, f'{weights} as {name}'))
+  half = jnp.bfloat16 if dtype_name == 'bfloat16' else None
+  module = nets.build(name, num_classes=num_classes, dtype=half)
+  variables = load_variables(module, tensors, f'{weights} as {name}')
+  return from_linen(module, variables, mean=mean, std=std)
 
 
-def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
-  numbers = tuple(float(v) for v in values)
-  if len(numbers) != 3 or not np.isfinite(numbers).all():
-    raise InputError(f'{name} is {numbers}; expected three finite numbers, one per channel')
-  return numbers
+def statistics(
+  path: pathlib.Path,
+  card: Mapping[str, Any],
+  mean: Sequence[float] | None = None,
+  std: Sequence[float] | None = None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and std per channel: those given, else those of the card of `path`, else ImageNet's."""
 
+  def of(name: str, given: Any, usual: Sequence[float]) -> tuple[float, ...]:
+    if given is not None:
+      return validate.per_channel(name, given, 3, std=name == 'std')
+    what = f'{name} of the card {path.with_suffix(".json")}'
+    return validate.per_channel(what, card.get(name, usual), 3, std=name == 'std')
 
-@functools.cache
-def _empty_classifier(
-  name: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], dtype: str
-) -> tuple[nn.Module, Classifier]:
-  """Memoised because a classifier's functions are static: new ones would trace everything anew."""
-  module = nets.build(
-    name, num_classes=num_classes, dtype=jnp.bfloat16 if dtype == 'bfloat16' else None
-  )
-  return module, from_linen(module, (), mean=mean, std=std)
+  return of('mean', mean, IMAGENET_MEAN), of('std', std, IMAGENET_STD)
 
 
 # --- saliency nets --------------------------------------------------------------------------------
@@ -417,8 +442,7 @@ def load_decoder(
     num_classes,
     tuple(card['widths']),
     card['confidence'],
-    _per_channel('mean', card['mean']),
-    _per_channel('std', card['std']),
+    *statistics(path, card),
     jnp.dtype(dtype).name,
   )
   shapes = saliency_unet.variable_shapes(module)
@@ -436,7 +460,7 @@ def _empty_decoder(
   std: tuple[float, ...],
   dtype: str,
 ) -> tuple[saliency_unet.SaliencyUnet, Any]:
-  """Memoised for the same reason as `_empty_classifier`."""
+  """Memoised because its functions are static: new ones would trace everything anew."""
   module = saliency_unet.build(
     encoder, num_classes, widths, confidence, jnp.bfloat16 if dtype == 'bfloat16' else None
   )

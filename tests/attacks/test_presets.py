@@ -212,7 +212,7 @@ def test_maps_that_must_be_made_afresh_are_checked_rarely_and_random_ones_half_a
 @pytest.mark.parametrize('preset', ['fast', 'authors'])
 def test_a_step_keeps_the_type_of_its_state(preset, name):
   """Weak types too: else the host's second chunk would be compiled anew."""
-  interpreter = interpreters.build(name)
+  interpreter = interpreters.build(name, image_size=4)
   for recipe in (presets.by_name(preset, name), presets.plain_pgd(preset)):
     for attack, _ in recipe.schedule(CLF, interpreter, recipe.perturbation(0.1), KEY):
       state = jax.eval_shape(lambda clf, attack=attack: attack.init(BATCH), CLF)

@@ -136,3 +136,11 @@ def test_figures_that_cannot_be_written(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   with pytest.raises(InputError, match=r'cannot write .*file.*choose another --out'):
     bench.main(config(out=str(tmp_path / 'file' / 'bench.json')))
+
+
+def test_figures_go_to_a_user_s_home(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(bench, 'bench', lambda config: {})
+  monkeypatch.setenv('HOME', str(tmp_path))
+  bench.main(config(out='~/bench.json'))
+  assert (tmp_path / 'bench.json').exists()
+  assert str(tmp_path) in capsys.readouterr().out

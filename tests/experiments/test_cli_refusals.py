@@ -41,8 +41,8 @@ from experiments import attack
     ({'target_label': 'best'}, "--target_label is 'best'; expected random, least_likely"),
     ({'target_label': 'no.csv'}, "--target_label is 'no.csv': there is no such file"),
     ({'target_label': '10'}, 'target 10 is outside 0…9'),
-    ({'mean': ['0.5', 'x', '0.5']}, '--mean is 0.5,x,0.5; expected three finite numbers'),
-    ({'std': ['0.5', '0', '0.5']}, '--std is 0.5,0,0.5; expected three positive numbers'),
+    ({'mean': ['0.5', 'x', '0.5']}, '--mean is 0.5,x,0.5; expected three numbers from 0 to 1'),
+    ({'std': ['0.5', '0', '0.5']}, '--std is 0.5,0,0.5; expected three numbers above 0'),
   ],
 )
 def test_bad_flags_are_told_before_anything_is_written(victim, tmp_path, change, message):

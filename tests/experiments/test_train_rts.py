@@ -191,7 +191,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
     ({'label_smoothing': 0.0}, '--label_smoothing 0.0: only --task classifier has it'),
     ({'image_size': 60}, 'features of 8×8 and 15×15 cells, .* a multiple of 32 px'),
     ({'num_examples': 1, 'batch_size': 1}, 'all training images are of class'),
-    ({'std': ['1', '1', '0']}, '--std is 1,1,0; expected three positive numbers'),
+    ({'std': ['1', '1', '0']}, '--std is 1,1,0; expected three numbers above 0'),
     (
       {'only_correct': True, 'batch_size': 16, 'std': ['0.01'] * 3},
       r'--only_correct leaves \d+ of 16 training images; expected at least --batch_size, 16',

@@ -262,6 +262,57 @@ def test_cam_takes_a_head_with_a_batch_norm_behind_the_pooling(shift):
   assert jax.eval_shape(interpreters.cam().explain, clf, X, Y, KEY).shape == (4, 8, 8)
 
 
+def squeezed(act):
+  """SqueezeNet's end: the features go through a convolution, `act` and the pooling."""
+  weights = jnp.asarray(np.random.RandomState(0).randn(6, tiny.CLASSES), jnp.float32)
+
+  def head(params, features):
+    return act(jnp.einsum('bhwf,fk->bhwk', features, params[1])).mean((1, 2))
+
+  return CLF.replace(
+    params=(CLF.params, weights),
+    apply_fn=lambda p, x: CLF.apply_fn(p[0], x),
+    head_fn=head,
+    surrogate_fn=None,
+  )
+
+
+def test_cam_refuses_a_head_that_bends_before_it_pools():
+  """Positive numbers alone would not show it: each ReLU is on."""
+  with pytest.raises(InputError, match='global average pooling'):
+    jax.eval_shape(interpreters.cam().explain, squeezed(nn.relu), X, Y, KEY)
+  straight = jax.eval_shape(interpreters.cam().explain, squeezed(lambda z: z), X, Y, KEY)
+  assert straight.shape == (4, 8, 8)
+
+
+def test_outside_of_traces_cam_looks_at_the_real_features():
+  """A head that gives no number for made-up ones cannot be told there."""
+  clf = squeezed(lambda z: jnp.sqrt(z - z.min((1, 2), keepdims=True) + 1))
+  clf = clf.replace(head_fn=lambda p, a, head=clf.head_fn: head(p, a) * jnp.log(p[1][0, 0] - 1e3))
+  clf = clf.replace(params=(clf.params[0], clf.params[1].at[0, 0].set(2e3)))
+  jax.eval_shape(interpreters.cam().explain, clf, X, Y, KEY)
+  with pytest.raises(InputError, match='global average pooling'):
+    interpreters.cam().explain(clf, X, Y, KEY)
+
+
+def test_taps_without_features_are_named():
+  clf = CLF.replace(apply_fn=lambda p, x: CLF.apply_fn(p, x)._replace(taps={'last': x}))
+  for name in ('cam', 'grad_cam'):
+    with pytest.raises(InputError, match=r"taps hold \['last'\]; .*'features'"):
+      jax.eval_shape(interpreters.build(name).explain, clf, X, Y, KEY)
+
+
+@pytest.mark.parametrize('name', ['cam', 'grad_cam', 'grad'])
+def test_a_map_of_one_cell_is_refused(name):
+  """Every map would be the same, and every attack perfect."""
+  x, options = (X, {'pool': tiny.SIZE}) if name == 'grad' else (X[:, :2, :2], {})
+  interpreter = interpreters.FACTORIES[name](**options)
+  for call in (interpreter.explain, lambda *v: interpreter.unroll(*v[:3], (), v[3])):
+    with pytest.raises(InputError, match=f'{name} makes maps of a single cell') as error:
+      jax.eval_shape(call, CLF, x, Y, KEY)
+    assert f'{x.shape[1]}×{x.shape[1]} pixels' in str(error.value)
+
+
 def test_grad_cam_without_positive_evidence_is_zero():
   flat = scaled(CLF, 0.0, 1.0)
   silent = flat.replace(head_fn=lambda p, a: 0 * CLF.head_fn(p, a))

@@ -1,5 +1,6 @@
 """The zoo against torch's recorded numbers, and soft_relu against its closed form."""
 
+import functools
 import json
 
 import jax
@@ -114,6 +115,65 @@ def test_soft_relu_keeps_its_slope_under_an_outer_derivative(form):
 def test_soft_relu_refuses(fields, words):
   with pytest.raises(InputError, match=words):
     soft_relu(jnp.ones(2), **fields)
+
+
+# --- other activations ----------------------------------------------------------------------------
+
+KINKED = {
+  'relu': (jax.nn.relu, [(0, 1)]),
+  'relu6': (jax.nn.relu6, [(0, 1), (6, -1)]),
+  'leaky_relu': (functools.partial(jax.nn.leaky_relu, negative_slope=0.2), [(0, 0.8)]),
+  'hard_tanh': (jax.nn.hard_tanh, [(-1, 1), (1, -1)]),
+  'hard_sigmoid': (jax.nn.hard_sigmoid, [(-3, 1 / 6), (3, -1 / 6)]),
+  'hard_swish': (jax.nn.hard_swish, [(-3, -0.5), (3, -0.5)]),  # and curved in between
+  'selu': (jax.nn.selu, [(0, 1.0507 * (1 - 1.67326))]),
+  'clip': (lambda z: jnp.clip(z, 0, 20), [(0, 1), (20, -1)]),  # a ReLU as far as 20
+}
+SMOOTH = ['gelu', 'silu', 'tanh', 'softplus', 'sigmoid', 'celu', 'elu', 'mish', 'identity']
+
+
+@pytest.mark.parametrize('name', KINKED)
+def test_kinks_are_found(name):
+  act, expected = KINKED[name]
+  found = nets.activations.kinks(act)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', SMOOTH)
+def test_smooth_activations_have_none_and_stay_as_they_are(name):
+  """ELU too: its slope does not jump, only its curvature."""
+  act = getattr(jax.nn, name)
+  assert nets.activations.kinks(act) == ()
+  assert nets.activations.softened(act) is act
+
+
+@pytest.mark.parametrize(
+  'act', [jnp.sign, jnp.round, lambda z: jnp.abs(z - jnp.round(z)), jax.nn.glu, lambda: 0]
+)
+def test_what_is_no_sum_of_relus_cannot_be_told(act):
+  assert nets.activations.kinks(act) is None
+
+
+@pytest.mark.parametrize('name', KINKED)
+@pytest.mark.parametrize('form', nets.activations.FORMS)
+def test_softened_activations_keep_their_values_and_lose_their_kinks(name, form):
+  """Slope: the own one plus Σ c (h(z − t) − step(z − t)); curvature: the own one plus Σ c h'."""
+  act, expected = KINKED[name]
+  smooth = nets.activations.softened(act, functools.partial(soft_relu, tau=1e-2, form=form))
+  z = np.concatenate([np.linspace(t - 0.33, t + 0.3, 8) for t, _ in expected]).astype(np.float32)
+  slope_of = lambda f: lambda z: jax.vjp(f, z)[1](jnp.ones_like(z))[0]  # noqa: E731
+
+  @jax.jit
+  def all_of(z):
+    fs = (act, smooth)
+    return [(f(z), slope_of(f)(z), slope_of(slope_of(f))(z)) for f in fs]
+
+  (value, own, bend), (same, first, second) = all_of(z)
+  np.testing.assert_array_equal(same, value)
+  more = sum(c * (slope(z - t, 1e-2, form) - (z > t)) for t, c in expected)
+  np.testing.assert_allclose(first, own + more, atol=1e-4)
+  more = sum(c * curvature(z - t, 1e-2, form) for t, c in expected)
+  np.testing.assert_allclose(second, bend + more, rtol=1e-3, atol=1e-3)
 
 
 # --- the nets -------------------------------------------------------------------------------------

@@ -293,8 +293,9 @@ def config(tmp_path):
   ('change', 'message'),
   [
     ({'model': 'resnet19'}, "unknown model 'resnet19'"),
-    ({'std': ['1', '0', '1']}, '--std is 1,0,1; expected three positive numbers'),
-    ({'mean': ['nan', '0', '0']}, '--mean is nan,0,0; expected three finite numbers'),
+    ({'std': ['1', '0', '1']}, '--std is 1,0,1; expected three numbers above 0'),
+    ({'mean': ['nan', '0', '0']}, '--mean is nan,0,0; expected three numbers from 0 to 1'),
+    ({'std': ['58.4', '57.1', '57.4']}, 'divide them by 255'),
     ({'data_path': 'nowhere.npz'}, 'nowhere.npz does not exist'),
     ({'batch_size': 64}, 'batch_size 64 is more than the'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
@@ -316,8 +317,10 @@ def test_the_command_writes_nowhere_else(config, tmp_path, monkeypatch):
   monkeypatch.setattr(classifying, 'init_state', lambda *_: None)
   (tmp_path / 'w').mkdir()
   (tmp_path / 'w' / 'mine.txt').write_text('keep')
-  with pytest.raises(InputError, match='w is not empty'):
-    train.run(config)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  for workdir in (config['workdir'], '~/w'):
+    with pytest.raises(InputError, match=f'{tmp_path}/w is not empty'):
+      train.run(config | {'workdir': workdir})
 
 
 def test_a_run_whose_steps_come_from_its_epochs_can_be_resumed(config):

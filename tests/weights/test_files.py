@@ -5,6 +5,7 @@ import http.server
 import pathlib
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -149,6 +150,14 @@ def test_hub_refusals(hub, source, words):
   assert words in refusal(read_tensors, source)
 
 
+def test_of_a_manager_s_root_the_newest_step_is_read(tmp_path, tensors, variables):
+  for step in ('9', '10', '11.orbax-checkpoint-tmp'):
+    write_orbax(tmp_path / 'run' / step, None, jax.tree.map(lambda v: v * int(step[:2]), variables))
+  with pytest.warns(UserWarning, match='run holds 2 steps; 10 is read'):
+    read = read_tensors(tmp_path / 'run')
+  np.testing.assert_array_equal(read['fc.bias'], 10 * tensors['fc.bias'])
+
+
 # --- files that are wrong -------------------------------------------------------------------------
 
 
@@ -174,10 +183,19 @@ def test_arbitrary_bytes_are_refused(suffix, content):
     refusal(read_tensors, path)
 
 
+def test_an_eight_bit_float_is_refused_by_name(tmp_path):
+  """NumPy has no such dtype: the reader itself would end with an AttributeError."""
+  header = b'{"fc.weight":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+  (tmp_path / 'w.safetensors').write_bytes(struct.pack('<Q', len(header)) + header + b'..')
+  assert "tensor 'fc.weight' is F8_E4M3" in refusal(read_tensors, tmp_path / 'w.safetensors')
+
+
 def test_damaged_orbax_directories_are_refused(tmp_path):
   import orbax.checkpoint.experimental.v1 as ocp
 
   (tmp_path / 'not_orbax').mkdir()
+  assert 'directory is empty' in refusal(read_tensors, tmp_path / 'not_orbax')
+  (tmp_path / 'not_orbax' / 'file').touch()
   assert 'not an orbax checkpoint' in refusal(read_tensors, tmp_path / 'not_orbax')
   # One tensor and no more: orbax closes its event loop at the first tensor it cannot read, and the
   # reads still under way would then complain from their own threads.
@@ -224,13 +242,14 @@ def test_pickles_are_refused_unopened(tmp_path, name):
 # --- experiments.convert --------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*the prefix 'module.'")
 @pytest.mark.parametrize('wrap', ['bare', 'state_dict', 'model'])
 def test_convert_turns_torch_s_file_into_safetensors(tmp_path, capsys, tensors, wrap):
   torch = pytest.importorskip('torch', reason='torch is in the convert extra')
   content = {f'module.{name}': torch.from_numpy(t) for name, t in tensors.items()}
   content['module.bn1.num_batches_tracked'] = torch.tensor(5)
   if wrap != 'bare':
-    content = {wrap: content, 'epoch': 3, 'optimizer': {'lr': 0.1}}
+    content = {'net': {wrap: content}, 'epoch': 3, 'optimizer': {'lr': 0.1}}
   torch.save(content, tmp_path / 'w.pth')
   convert.main([str(tmp_path / 'w.pth'), str(tmp_path / 'w.safetensors')])
   assert '--model scene_resnet' in capsys.readouterr().out
@@ -246,6 +265,7 @@ def test_convert_refuses(tmp_path, monkeypatch):
   (tmp_path / 'bomb.pth').write_bytes(pickle.dumps(Bomb(tmp_path / 'harm')))
   torch.save([1, 2], tmp_path / 'list.pth')
   torch.save({'lr': 0.1}, tmp_path / 'none.pth')
+  torch.save({'fc.weight': torch.ones(2, dtype=torch.int8)}, tmp_path / 'int8.pth')
   (tmp_path / 'there.safetensors').write_bytes(b'mine')
   for source, target, words in [
     (tmp_path / 'absent.pth', out, 'no file at'),
@@ -255,6 +275,7 @@ def test_convert_refuses(tmp_path, monkeypatch):
     (tmp_path / 'bomb.pth', out, 'not a checkpoint of tensors alone'),
     (tmp_path / 'list.pth', out, 'expected a state dict'),
     (tmp_path / 'none.pth', out, 'holds no tensors'),
+    (tmp_path / 'int8.pth', out, "tensor 'fc.weight' is torch.int8"),
   ]:
     assert words in refusal(convert.convert, source, target)
   monkeypatch.setitem(sys.modules, 'torch', None)
@@ -262,6 +283,19 @@ def test_convert_refuses(tmp_path, monkeypatch):
   assert not out.exists()
   assert not (tmp_path / 'harm').exists()
   assert (tmp_path / 'there.safetensors').read_bytes() == b'mine'
+
+
+def test_convert_finds_a_user_s_home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert f'no file at {tmp_path}/in.pth' in refusal(convert.convert, '~/in.pth', '~/o.safetensors')
+  (tmp_path / 'o.safetensors').touch()
+  assert 'exists already' in refusal(convert.convert, '~/in.pth', '~/o.safetensors')
+
+
+def test_convert_unwraps_what_scripts_put_around():
+  inner = {'fc.weight': 1}
+  for content in (inner, {'state_dict': inner}, {'net': {'model': inner}, 'params': 3}):
+    assert convert._state_dict(content, pathlib.Path('w.pth')) is inner
 
 
 def test_convert_s_exit_codes(tmp_path):

@@ -79,10 +79,10 @@ def test_names_and_layouts_round_trip(layers):
 
 
 def test_foreign_names_are_made_canonical():
-  """DataParallel's prefix, torch's step counters, and the norm.1 of torchvision's old DenseNets."""
+  """Torch's step counters, and the norm.1 of torchvision's old DenseNets."""
   given_names = [
-    'module.conv1.weight',
-    'module.bn1.num_batches_tracked',
+    'bn1.num_batches_tracked',
+    'conv1.weight',
     'features.denseblock1.denselayer12.norm.1.running_mean',
     'features.denseblock1.denselayer12.conv.2.weight',
     'features.transition1.norm.weight',
@@ -95,6 +95,34 @@ def test_foreign_names_are_made_canonical():
     'features.transition1.norm.weight',
     'layer1.0.downsample.1.weight',
   ]
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', 'net.backbone.'])
+def test_what_all_names_begin_with_comes_off_and_is_said(prefix):
+  """Of DataParallel, torch.compile, Lightning, one about the other; a counter counts as a name."""
+  names = ['conv1.weight', 'layer1.0.conv1.weight', 'bn1.num_batches_tracked']
+  wrapped = {prefix + name: np.zeros(1) for name in names}
+  with pytest.warns(UserWarning, match=f"w.npz: the prefix '{prefix}'"):
+    assert [*zoo.canonical(wrapped, 'w.npz')] == names[:2]
+
+
+@pytest.mark.parametrize('names', [['fc.weight', 'fc.bias'], ['net.a.b', 'nets.a.b'], ['a'], []])
+def test_a_layer_s_own_name_stays(names):
+  assert [*zoo.canonical(dict.fromkeys(names, np.zeros(1)))] == names
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'int64', 'bool', 'complex64', 'V2'])
+def test_tensors_that_are_no_floats_are_refused(dtype):
+  """V2 is how NumPy writes bfloat16; a quantised net's numbers are not its weights."""
+  message = refusal(zoo.canonical, {'fc.weight': np.zeros(2, dtype)}, 'w.npz')
+  assert message.startswith("w.npz: tensor 'fc.weight' is ")
+  assert np.dtype(dtype).str.strip('<|') in message or dtype in message
+  assert ('bfloat16 so' in message) == (dtype == 'V2')
+
+
+def test_every_float_is_read():
+  for dtype in ('float16', 'float64', '>f4', jnp.bfloat16):
+    zoo.canonical({'fc.weight': np.zeros(2, dtype)})
 
 
 # --- built-in weights and cards -------------------------------------------------------------------
@@ -166,6 +194,15 @@ def test_shipped_weights_load_and_are_small(name):
   assert jax.tree.all(jax.tree.map(lambda v: bool(jnp.isfinite(v).all()), load(name).params))
 
 
+def test_a_card_s_mean_and_std_are_checked_too(tmp_path, tensors):
+  np.savez(tmp_path / 'w.npz', **tensors)
+  for field, bad in (('mean', [0.5, 0.5]), ('std', [58.4, 57.1, 57.4])):
+    card = {**CARD, 'sha256': None, field: bad}
+    (tmp_path / 'w.json').write_text(json.dumps(card))
+    message = refusal(load_classifier, weights=tmp_path / 'w.npz')
+    assert f'{field} of the card {tmp_path / "w.json"} is' in message
+
+
 # --- tensors that are wrong -----------------------------------------------------------------------
 
 
@@ -215,7 +252,11 @@ def test_the_number_of_classes_is_the_head_s(tmp_path):
   ('arguments', 'words'),
   [
     ({'name': 'vgg16'}, "unknown model 'vgg16'"),
-    ({'mean': (0.5,)}, 'mean is (0.5,)'),
+    ({'mean': (0.5,)}, 'mean is (0.5,); expected three numbers'),
+    ({'mean': (123.675, 116.28, 103.53)}, 'divide them by 255'),
+    ({'mean': (-0.1, 0.5, 0.5)}, 'mean is'),
+    ({'mean': 0.5}, 'mean is 0.5'),
+    ({'std': (58.4, 57.1, 57.4)}, 'divide them by 255'),
     ({'std': (0.5, 0.5, float('nan'))}, 'std is'),
     ({'std': (0.5, 0.5, 0.0)}, 'std is'),
     ({'dtype': 'int8'}, 'dtype is int8'),
@@ -254,6 +295,12 @@ def test_load_classifier_computes_in_the_dtype_asked_for(tmp_path, tensors, dtyp
   out = jax.eval_shape(classifier, jnp.zeros((1, 64, 64, 3)))
   assert out.taps['features'].dtype == jnp.dtype(dtype or jnp.float32)
   assert out.logits.dtype == jnp.float32
+
+
+def test_a_user_s_home_is_found(tmp_path, monkeypatch, tensors):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  np.savez(tmp_path / 'w.npz', **tensors)
+  assert zoo.resolve('~/w.npz') == tmp_path / 'w.npz'
 
 
 # --- published weights ----------------------------------------------------------------------------
