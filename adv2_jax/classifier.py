@@ -23,7 +23,7 @@ from flax import nnx
 
 from adv2_jax import images, validate
 from adv2_jax.nets.activations import kinks, soft_relu, softened
-from adv2_jax.types import Array, Image, InputError, Outputs, PyTree
+from adv2_jax.types import Array, Image, InputError, Outputs, PyTree, tell_pickle
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,8 +37,6 @@ _RETURNS = (
   "in the call return logits, {'features': a}; in head(a) return the logits of a [B,h,w,F], "
   'such as fc(a.mean((1, 2)))'
 )
-# As the functions' name this stands in pickle's own message; cloudpickle, which can, still does.
-_UNPICKLED = 'of a classifier (its functions do not pickle: pickle clf.params, build it anew there)'
 
 
 class Classifier(flax.struct.PyTreeNode):
@@ -56,6 +54,10 @@ class Classifier(flax.struct.PyTreeNode):
   apply_fn: Callable[[PyTree, Image], Outputs] = flax.struct.field(pytree_node=False)
   head_fn: Callable[[PyTree, Array], Array] = flax.struct.field(pytree_node=False)
   surrogate_fn: Callable[..., Outputs] | None = flax.struct.field(pytree_node=False, default=None)
+
+  def __post_init__(self):
+    """See `tell_pickle`."""
+    tell_pickle(self.apply_fn, self.head_fn, self.surrogate_fn)
 
   def __call__(self, x: Image) -> Outputs:
     """Logits f32[B,K] and taps of the images x f32[B,H,W,C] in [0,1]."""
@@ -135,7 +137,6 @@ def _classifier(
       return Outputs(_logits(out[0], x, name), out[1])
 
     call.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]  # keeps `act` visible
-    call.__qualname__ = _UNPICKLED
     return call
 
   def head(params: PyTree, features: Array) -> Array:
@@ -143,7 +144,6 @@ def _classifier(
       raise InputError(f'{name} has no head, which makes the logits of the features: {_RETURNS}')
     return _logits(head_fn(params, features), features, f'the head of {name}')
 
-  head.__qualname__ = _UNPICKLED
   surrogate = surrogate_fn and outputs_of(
     surrogate_fn, getattr(surrogate_fn, '__name__', 'surrogate_fn')
   )

@@ -156,6 +156,20 @@ class MapDistance(Protocol):
   def __call__(self, maps: Map, target_map: Map) -> Array: ...
 
 
+def tell_pickle(*functions: Any) -> None:
+  """Makes pickle's own message, which shows a local function's qualified name, say what to do.
+
+  Not by `__reduce__`: cloudpickle, which takes local functions as they are, would be refused too.
+  """
+  for function in functions:
+    name = getattr(function, '__qualname__', '')
+    if '<locals>' in name and function.__module__.startswith('adv2_jax.'):
+      function.__qualname__ = (
+        f'{function.__name__} of adv2_jax (local functions do not pickle: pickle the params, and '
+        'build the classifier or interpreter anew with the call that made it)'
+      )
+
+
 class InputError(ValueError):
   """Bad input: the message names the value, what was expected, and the remedy."""
 

@@ -309,8 +309,11 @@ def test_logits_are_float32_whatever_the_net_computes_in(dtype):
 def test_copies_work_and_pickle_says_what_to_do():
   clf = tiny.classifier()
   assert copy.deepcopy(clf).apply_fn is clf.apply_fn
-  with pytest.raises((pickle.PicklingError, AttributeError), match=r'pickle clf\.params'):
-    pickle.dumps(clf)
+  decoder = interpreters.Decoder((), from_fn({}, len, len, len).apply_fn, 5)
+  made = [interpreters.build(name) for name in interpreters.FACTORIES]
+  for thing in (clf, decoder, interpreters.rts(decoder), *made):
+    with pytest.raises((pickle.PicklingError, AttributeError), match='pickle the params'):
+      pickle.dumps(thing)
 
 
 # --- what is refused ------------------------------------------------------------------------------

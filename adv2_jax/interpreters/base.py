@@ -21,6 +21,7 @@ from adv2_jax.types import (
   PyTree,
   Unrolled,
   example_keys,
+  tell_pickle,
 )
 
 P = ParamSpec('P')
@@ -64,6 +65,10 @@ class Interpreter(flax.struct.PyTreeNode):
   classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
   random: bool = flax.struct.field(pytree_node=False, default=False)
   settings: Hashable = flax.struct.field(pytree_node=False, default=None)
+
+  def __post_init__(self):
+    """See `tell_pickle`."""
+    tell_pickle(self.explain_fn, self.unroll_fn, self.begin_fn)
 
   def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
     """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B].

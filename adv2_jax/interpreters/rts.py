@@ -9,7 +9,18 @@ import flax.struct
 from adv2_jax import losses
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.nets.saliency_unet import Saliency
-from adv2_jax.types import Array, Carry, Image, InputError, Key, Label, Map, PyTree, Unrolled
+from adv2_jax.types import (
+  Array,
+  Carry,
+  Image,
+  InputError,
+  Key,
+  Label,
+  Map,
+  PyTree,
+  Unrolled,
+  tell_pickle,
+)
 
 
 class Decoder(flax.struct.PyTreeNode):
@@ -26,6 +37,10 @@ class Decoder(flax.struct.PyTreeNode):
   apply_fn: Callable[[PyTree, Image, Label], Saliency] = flax.struct.field(pytree_node=False)
   num_classes: int = flax.struct.field(pytree_node=False)
   classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+  def __post_init__(self):
+    """See `tell_pickle`."""
+    tell_pickle(self.apply_fn)
 
 
 def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:

@@ -242,7 +242,7 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
   path = built_in().get(text, validate.user_path(text))
   if not path.exists():
     known = ', '.join(built_in()) or 'none'
-    raise InputError(f'no weights at {text!r}; expected {SOURCES} (built in: {known})')
+    raise InputError(f'no weights at {str(path)!r}; expected {SOURCES} (built in: {known})')
   return path
 
 
