@@ -40,7 +40,7 @@ def processor() -> str:
 def keep_compiled(flag: str | None = None) -> None:
   """Switches JAX's persistent cache on; not where it cannot be written, or JAX has one already."""
   path = cache_directory(flag)
-  if path is None or (flag is None and jax.config.jax_compilation_cache_dir):
+  if path is None or (flag is None and getattr(jax.config, 'jax_compilation_cache_dir', None)):
     return
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -84,4 +84,4 @@ class Output:
 
 def guard_output() -> None:
   """Puts such streams in the place of standard output and error."""
-  sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
+  sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)

@@ -25,6 +25,15 @@ FLAGS = '--xla_backend_optimization_level=0'
 TREE = pathlib.Path(attack.__file__).parents[1]
 WHOLE = {'interpreters': ['grad', 'cam']}
 
+FLAGS_OF = {
+  'attack': (_flags.define_data_flags, _flags.define_attack_flags),
+  'explain': (_flags.define_data_flags, _flags.define_explain_flags),
+  'mask_curves': (_flags.define_data_flags, _flags.define_example_flags),
+  'evaluate': (_flags.define_evaluate_flags,),
+  'train': (_flags.define_train_flags,),
+  'bench': (_flags.define_bench_flags,),
+}
+
 
 @functools.cache
 def defaults():

@@ -30,9 +30,6 @@ T = TypeVar('T')
 MapFn = Callable[[PyTree, Any, Image, Label, Key], tuple[Map, Array | None]]
 
 
-_logits = jax.jit(lambda clf, x: clf(x).logits)  # for its shape: jit remembers what it has traced
-
-
 class Interpreter(flax.struct.PyTreeNode):
   """An attribution method, as pure functions of its own params; `interpreters.from_map` builds one.
 
@@ -73,16 +70,19 @@ class Interpreter(flax.struct.PyTreeNode):
   def explain(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
     """The map f32[B,h,w] in [0,1] for class y [B] of images x [B,H,W,C]; key: one, or [B].
 
+    Called outside of a trace it checks its input and jits itself.
+
     Raises:
-      InputError: for input of wrong shape, range or type; not checked inside of a trace.
+      InputError: for input of wrong shape, range or type.
     """
-    if not validate.traced(x, y):
-      x = validate.images(x)
-      num_classes = jax.eval_shape(_logits, clf, x).shape[-1]
-      y = validate.labels(y, len(x), num_classes, 'y')
-      validate.explicable(y, self, 'y')
-    maps = self.explain_fn(self.params, clf, x, y, example_keys(key, len(x)))
-    return self._checked(maps, x)
+    if validate.traced(self, clf, x, y, key):
+      return _map(self, clf, x, y, example_keys(key, len(x)))
+    x = validate.images(x)
+    keys = example_keys(key, len(x))
+    num_classes = jax.eval_shape(_logits, clf, x).shape[-1]
+    y = validate.labels(y, len(x), num_classes, 'y')
+    validate.explicable(y, self, 'y')
+    return _map_jitted(self, clf, x, y, keys)
 
   def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
     """The carry before the first attack step; x are the clean images."""
@@ -113,6 +113,15 @@ class Interpreter(flax.struct.PyTreeNode):
       return maps.astype(jnp.float32)
 
     return jax.tree.map(check, maps)
+
+
+def _map(interpreter: Interpreter, clf: Any, x: Image, y: Label, keys: Key) -> Map:
+  maps = interpreter.explain_fn(interpreter.params, clf, x, y, keys)
+  return interpreter._checked(maps, x)
+
+
+_map_jitted = jax.jit(_map)
+_logits = jax.jit(lambda clf, x: clf(x).logits)  # for its shape: jit remembers what it has traced
 
 
 def one_per_setting(factory: Callable[P, T]) -> Callable[P, T]:

@@ -2,18 +2,11 @@
 
 import cli
 import pytest
+from cli import FLAGS_OF
 from conftest import flag_defaults
 
 from experiments import _flags
 
-FLAGS_OF = {
-  'attack': (_flags.define_data_flags, _flags.define_attack_flags),
-  'explain': (_flags.define_data_flags, _flags.define_explain_flags),
-  'mask_curves': (_flags.define_data_flags, _flags.define_example_flags),
-  'evaluate': (_flags.define_evaluate_flags,),
-  'train': (_flags.define_train_flags,),
-  'bench': (_flags.define_bench_flags,),
-}
 WRONG = [
   *((name, ('--colour=red',), "'colour'") for name in FLAGS_OF),
   ('attack', ('extra',), "unexpected argument 'extra'"),
