@@ -12,7 +12,7 @@ import numpy as np
 from adv2_jax import images, losses, metrics, validate
 from adv2_jax.attacks import presets
 from adv2_jax.attacks.loop import run_chunk, success
-from adv2_jax.classifier import Classifier
+from adv2_jax.classifier import Classifier, require
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import (
   Array,
@@ -257,6 +257,7 @@ def attack(
       'adv2.attack was called inside jax.jit, vmap or grad; it compiles by itself: call it outside '
       'of them, or compose adv2.adv2 and adv2.run inside, as adv2_jax/attacks/loop.py shows'
     )
+  require(clf)
   if not isinstance(interpreter, Interpreter):
     raise InputError(
       f'interpreter is {validate.kind(interpreter)}; expected an Interpreter, such as '

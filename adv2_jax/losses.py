@@ -1,6 +1,6 @@
 """Prediction losses and map distances, f32[B]; small is good for the attacker.
 
-Computed in float32 whatever the logits' and maps' own type: 1e-10 is 0 in half precision.
+Computed in float32 at least, whatever logits and maps come in: 1e-10 is 0 in half precision.
 """
 
 import jax
@@ -10,9 +10,13 @@ import optax
 from adv2_jax.types import Array, Label, Map, PredictionLoss
 
 
+def _full(v: Array) -> Array:
+  return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+
+
 def _others(logits: Array, target: Label) -> tuple[Array, Array]:
   """(logits with the target's own set to −inf, the target's logit [B])."""
-  logits = logits.astype(jnp.float32)  # whatever the net computes in
+  logits = _full(logits)
   is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
   z_t = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
   return jnp.where(is_target, -jnp.inf, logits), z_t
@@ -47,13 +51,13 @@ def smoothed_xent(confidence: float = 0.95) -> PredictionLoss:
     k = logits.shape[-1]
     rest = (1 - confidence) / (k - 1)
     labels = rest + (confidence - rest) * jax.nn.one_hot(target, k, dtype=jnp.float32)
-    return optax.losses.softmax_cross_entropy(logits.astype(jnp.float32), labels)
+    return optax.losses.softmax_cross_entropy(_full(logits), labels)
 
   return loss
 
 
 def _squares(maps: Map, target_map: Map) -> Array:
-  return jnp.square(maps.astype(jnp.float32) - target_map.astype(jnp.float32))
+  return jnp.square(_full(maps) - _full(target_map))
 
 
 def map_mse(maps: Map, target_map: Map) -> Array:

@@ -223,6 +223,8 @@ def test_keys_decide_the_noise_and_the_default_is_fixed():
     ({'interpreter': adv2.interpreters.cam}, 'is the function cam; expected an Interpreter'),
     ({'interpreter': [CAM]}, 'interpreter is a list; expected an Interpreter'),
     ({'interpreter': adv2.interpreters.grad(pool=32)}, 'pool is 32; expected 1 to 16'),
+    ({'clf': lambda x: x}, 'the classifier is '),
+    ({'clf': tiny.TinyNet()}, r'a Linen module, TinyNet; make a classifier of it: from_linen'),
     ({'clf': tiny.classifier(pools=False)}, r'interpreters\.grad_cam'),
   ],
 )
