@@ -38,7 +38,7 @@ class Unrolled(NamedTuple):
   """What an interpreter gives the attack at one step.
 
   Attributes:
-    maps: f32[T,B,h,w] (or a pytree of such, under `joint`), differentiable in x. T is the number of
+    maps: f32[T,B,h,w] (or a mapping of such, by name), differentiable in x. T is the number of
       differentiable maps in this step: 1 for closed-form interpreters, more where an inner
       optimisation looks ahead. None: no map, `distance` stands for it (MASK).
     carry: the state for the next step.
@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     example_id: i32[B], index in the data set; seeds the example's random numbers.
     x: the clean images.
     target: i32[B], the class the attack wants.
-    target_map: f32[B,h,w], the map it wants (a mapping by interpreter name under `joint`).
+    target_map: f32[B,h,w], the map it wants; a mapping by name where `Unrolled.maps` is one.
     is_real: bool[B]; False marks a padding row, which stays as it is and counts nowhere.
   """
 

@@ -49,7 +49,7 @@ def curve(clf: Classifier, x: Image, y: Label, keys: Key, c: masking.MaskConfig)
     state = jax.lax.fori_loop(start, end, body, state)
     return state, value(state.mask)
 
-  state = masking.start(c, len(x))
+  state = masking.start(c, x)
   found = jax.lax.scan(on, state, jnp.arange(POINTS))[1]
   return jnp.concatenate([value(state.mask)[None], found])
 

@@ -11,7 +11,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import flag_defaults
+from conftest import XLA_FLAGS, flag_defaults
 from parity.weights import numpy_weights
 
 from adv2_jax import nets
@@ -21,7 +21,6 @@ from adv2_jax.weights import zoo
 from experiments import _flags, _setup, attack
 
 SIZE, EPSILON, SEED = 32, 0.05, 3
-FLAGS = '--xla_backend_optimization_level=0'
 TREE = pathlib.Path(attack.__file__).parents[1]
 WHOLE = {'interpreters': ['grad', 'cam']}
 
@@ -94,7 +93,7 @@ def select(victim, **changes):
 def command(flags, cwd):
   """The command as a user runs it, on one device."""
   arguments = [f'--{k}={",".join(v) if isinstance(v, list) else v}' for k, v in flags.items()]
-  env = os.environ | {'PYTHONPATH': str(TREE), 'XLA_FLAGS': FLAGS}
+  env = os.environ | {'PYTHONPATH': str(TREE), 'XLA_FLAGS': XLA_FLAGS}
   return subprocess.run(
     [sys.executable, '-m', 'experiments.attack', *arguments],
     cwd=cwd,

@@ -7,12 +7,18 @@ the other worker, for the commands that tests start, and for the next run.
 import os
 import pathlib
 
-# The last of a name counts: `make slow`, which computes more than it compiles, gives another level.
-os.environ['XLA_FLAGS'] = (
-  '--xla_backend_optimization_level=0 '
-  + os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
+from jaxlib import version
+
+# XLA does not promise to keep these names.
+LIGHT = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+XLA_FLAGS = ' '.join(
+  [
+    '--xla_backend_optimization_level=0',
+    LIGHT if version.__version_info__ < (0, 11) else '',
+    os.environ.get('XLA_FLAGS', ''),  # the last of a name counts: `make slow` gives another level
+  ]
 )
+os.environ['XLA_FLAGS'] = f'{XLA_FLAGS} --xla_force_host_platform_device_count=8'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')

@@ -172,9 +172,9 @@ def adv2_mask(
     masking.check_fits(config, *batch.x.shape[1:3])
     if delta is None:
       delta = perturbation.init(batch.x, step_keys(key, batch.example_id, 0))
-    m = masking.start(follow, len(batch.x))
+    m = masking.start(follow, batch.x)
     inner = AttackState(delta, (), m, ~batch.is_real, jnp.int32(0))
-    return BestState(inner, delta, jnp.full(len(batch.x), jnp.inf, jnp.float32))
+    return BestState(inner, delta, jnp.full(len(batch.x), jnp.inf, batch.x.dtype))
 
   def result(batch: Batch, state: BestState) -> PyTree:
     return solved(state, batch).delta
@@ -206,7 +206,7 @@ def _shortened(m: MaskState, config: MaskConfig) -> MaskState:
     jax.tree.map(lambda v: v / 2, old.mu),
     jax.tree.map(lambda v: v / 4, old.nu),
   )
-  fresh = masking.start(config, len(m.mask)).opt_state
+  fresh = masking.start(config, m.mask, m.mask).opt_state
   put = lambda node: warm if is_adam(node) else node  # noqa: E731
   return MaskState(m.mask, jax.tree.map(put, fresh, is_leaf=is_adam))
 

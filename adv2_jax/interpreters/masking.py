@@ -196,10 +196,10 @@ def _adam(config: MaskConfig) -> optax.GradientTransformation:
   return optax.adam(rate, config.b1, config.b2, eps_root=1e-16)
 
 
-def start(config: MaskConfig, n: int, mask: Array | None = None) -> MaskState:
-  """The state before the first iteration, for n examples; from masks [n,h,w] where given (warm)."""
+def start(config: MaskConfig, x: Image, mask: Array | None = None) -> MaskState:
+  """The state before the first iteration on images x; from masks [B,h,w] where given (warm)."""
   if mask is None:
-    mask = jnp.full((n, config.size, config.size), config.start, jnp.float32)
+    mask = jnp.full((len(x), config.size, config.size), config.start, x.dtype)
   return MaskState(mask, jax.vmap(_adam(config).init)(mask))
 
 
@@ -230,7 +230,7 @@ def solve(
   makes a fresh one from a mask. The jitter is drawn from `keys` alone: to go on, give others.
   """
   check_fits(config, *x.shape[1:3])
-  state = start(config, len(x)) if state is None else state
+  state = start(config, x) if state is None else state
 
   def body(i: Array, state: MaskState) -> MaskState:
     return solver_step(clf, state, x, y, fold_keys(keys, i), config)
@@ -285,7 +285,7 @@ def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> 
   def body(state: MaskState, i: Array) -> tuple[MaskState, Array]:
     return solver_step(clf, state, x, y, fold_keys(keys, i), config), state.mask
 
-  path = jax.lax.scan(body, start(config, len(x)), jnp.arange(config.steps, dtype=jnp.int32))[1]
+  path = jax.lax.scan(body, start(config, x), jnp.arange(config.steps, dtype=jnp.int32))[1]
   return jnp.moveaxis(path, 0, 1)
 
 

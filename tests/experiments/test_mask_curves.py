@@ -35,7 +35,7 @@ def test_the_ends_of_a_curve_recomputed(finished):
   views = [masking.jittered(x, fold_keys(keys, 10**6 + i), c.jitter) for i in range(4)]
   values = [
     np.mean([masking.mask_objective(clf, m, view, y, c) for view in views])
-    for m in (masking.start(c, 3).mask, masking.solve(clf, x, y, keys, c).mask)
+    for m in (masking.start(c, x).mask, masking.solve(clf, x, y, keys, c).mask)
   ]
   np.testing.assert_allclose(found['usual']['objective'][:: mask_curves.POINTS], values, rtol=0.1)
   for row in found.values():

@@ -12,7 +12,7 @@ SETTINGS = {
   'closed output': {},
   'no home': {'HOME': None, 'XDG_CACHE_HOME': None},
   'own matplotlib settings': {'MATPLOTLIBRC': 'rc'},
-  '8 devices': {'XLA_FLAGS': f'{cli.FLAGS} --xla_force_host_platform_device_count=8'},
+  '8 devices': {'XLA_FLAGS': f'{cli.XLA_FLAGS} --xla_force_host_platform_device_count=8'},
 }
 RC = 'font.size: 40\nfigure.dpi: 20\nsavefig.format: pdf\nsavefig.bbox: tight\ntext.usetex: True\n'
 
@@ -31,7 +31,7 @@ def pictures():
 @pytest.mark.parametrize('name', SETTINGS)
 def test_every_command_works(name, victim, tmp_path, pictures):
   (tmp_path / 'rc').write_text(RC)
-  env = os.environ | {'PYTHONPATH': str(cli.TREE), 'XLA_FLAGS': cli.FLAGS} | SETTINGS[name]
+  env = os.environ | {'PYTHONPATH': str(cli.TREE), 'XLA_FLAGS': cli.XLA_FLAGS} | SETTINGS[name]
   env = {k: v for k, v in env.items() if v is not None}
   names = ['smooth_grad' if name == 'x64' else 'cam']
   attack = victim | {'num_examples': 3, 'steps_s2': 2, 'workdir': 'a', 'interpreters': names}
