@@ -104,50 +104,61 @@ def command(flags, cwd):
   )
 
 
-# One process imports what takes long and forks for each case.
-CHILDREN = """
+# One process imports what takes long and forks for each case; or does all cases itself, so that one
+# command's programs serve the next.
+COMMANDS = """
   import json, os, runpy, sys
   from adv2_jax.training import fit
   from adv2_jax.workdir import report
-  from experiments import _setup
+  from experiments import _flags, _setup
 
-  cases, outputs = json.loads(sys.argv[1])
+  cases, outputs, forks = json.loads(sys.argv[1])
+
+  def run(k, name, flags):
+    for file, descriptor in outputs:
+      os.dup2(os.open(f'{k}.{file}', os.O_WRONLY | os.O_CREAT), descriptor)
+    for defined in [*_flags.FLAGS.flags_by_module_dict().get('experiments._flags', ())]:
+      delattr(_flags.FLAGS, defined.name)
+    sys.argv, code = [name, *flags], 0
+    try:
+      runpy.run_module(f'experiments.{name}', run_name='__main__', alter_sys=True)
+    except SystemExit as error:
+      code = error.code or 0
+    if isinstance(code, str):
+      print(code, file=sys.stderr)
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 1
+
   codes = []
   for k, (name, flags) in enumerate(cases):
-    child = os.fork()
-    if child == 0:
-      for file, descriptor in outputs:
-        os.dup2(os.open(f'{k}.{file}', os.O_WRONLY | os.O_CREAT), descriptor)
-      sys.argv, code = [name, *flags], 0
-      try:
-        runpy.run_module(f'experiments.{name}', run_name='__main__', alter_sys=True)
-      except SystemExit as error:
-        code = error.code or 0
-      if isinstance(code, str):
-        print(code, file=sys.stderr)
-      sys.stdout.flush()
-      os._exit(code if isinstance(code, int) else 1)  # the usual way out takes a second
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if not forks:
+      codes.append(run(k, name, flags))
+    elif child := os.fork():
+      codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    else:
+      os._exit(run(k, name, flags))  # the usual way out takes a second
   with open('codes', 'w') as file:
     json.dump(codes, file)
+  os._exit(0)
 """
 
 
-def children(cases, folder, env=None, closed=False):
-  """[(exit code, stdout, stderr)] of commands [(name, flags)], each in a process of its own.
+def commands(cases, folder, env=None, *, forks=True, closed=False):
+  """[(exit code, stdout, stderr)] of commands [(name, flags)], one after the other.
 
-  `closed`: standard output is closed, as by `>&-`.
+  `forks`: each in a process of its own. `closed`: standard output is closed, as by `>&-`.
   """
   outputs = (('out', 1), ('err', 2))[closed:]
   closing = ['sh', '-c', 'exec "$@" >&-', 'sh'] if closed else []
+  code, given = textwrap.dedent(COMMANDS), json.dumps([cases, outputs, forks])
   done = subprocess.run(
-    [*closing, sys.executable, '-c', textwrap.dedent(CHILDREN), json.dumps([cases, outputs])],
+    [*closing, sys.executable, '-c', code, given],
     cwd=folder,
     env={'PYTHONPATH': str(TREE), 'JAX_PLATFORMS': 'cpu'} if env is None else env,
     stderr=subprocess.PIPE,
     check=False,
   )
-  assert done.returncode == 0, done.stderr
+  assert (folder / 'codes').exists(), done.stderr
   codes = json.loads((folder / 'codes').read_text())
   read = lambda k, file: (folder / f'{k}.{file}').read_text(errors='replace')  # noqa: E731
   return [(c, '' if closed else read(k, 'out'), read(k, 'err')) for k, c in enumerate(codes)]

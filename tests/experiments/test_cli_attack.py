@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from cli import EPSILON, SEED, SIZE, WHOLE, command, contents, defaults, rows_of, run, select
+from cli import EPSILON, SEED, SIZE, WHOLE, contents, defaults, rows_of, run, select
 
 from adv2_jax import data, interpreters, metrics
 from adv2_jax.attacks import presets
@@ -463,18 +463,3 @@ def test_the_commit_is_that_of_the_folder_s_own_repository(tmp_path):
     subprocess.run(['git', *step], cwd=tmp_path, check=True)
   assert re.fullmatch('[0-9a-f]{7,}', _judge.commit_of(tmp_path))
   assert _judge.commit_of(tmp_path / 'site-packages') is None
-
-
-def test_as_a_command_it_ends_with_the_table_and_the_report(victim, tmp_path):
-  """The same run in another process and directory, with defaults from the flags."""
-  done = command(victim | {'num_examples': 2, 'workdir': 'run'}, tmp_path)
-  assert done.returncode == 0, done.stderr
-  *table, last = done.stdout.strip().splitlines()
-  assert last == 'run/report.html'
-  for shown in ('benign cam, making the maps', 'adv2 cam step 4/4, success', 'adv2 cam judged, '):
-    assert shown in done.stderr
-  assert any('| cam | adv2 | 2 |' in line for line in table)
-  config = json.loads((tmp_path / 'run/metrics.json').read_text())['config']
-  changed = {'num_examples': 2, 'workdir': 'run', 'compilation_cache': None}
-  expected = defaults() | victim | changed
-  assert config == expected

@@ -1,5 +1,6 @@
 """All commands on tiny sizes, in the surroundings that users have."""
 
+import json
 import os
 
 import cli
@@ -33,8 +34,7 @@ def test_every_command_works(name, victim, tmp_path, pictures):
   (tmp_path / 'rc').write_text(RC)
   env = os.environ | {'PYTHONPATH': str(cli.TREE), 'XLA_FLAGS': cli.XLA_FLAGS} | SETTINGS[name]
   env = {k: v for k, v in env.items() if v is not None}
-  names = ['smooth_grad' if name == 'x64' else 'cam']
-  attack = victim | {'num_examples': 3, 'steps_s2': 2, 'workdir': 'a', 'interpreters': names}
+  attack = victim | {'num_examples': 3, 'steps_s2': 2, 'workdir': 'a'}
   if name == '8 devices':
     attack |= {'num_devices': 8, 'batch_size': 1}
   explain = {k: attack[k] for k in ('dataset', 'data_path', 'image_size', 'weights', 'batch_size')}
@@ -45,12 +45,20 @@ def test_every_command_works(name, victim, tmp_path, pictures):
     ('explain', flags(explain | {'interpreters': 'cam', 'num_examples': 3, 'workdir': 'e'})),
     ('train', flags(train | {'workdir': 't'})),
   ]
-  ran = cli.children(cases, tmp_path, env, closed=name == 'closed output')
+  ran = cli.commands(cases, tmp_path, env, forks=False, closed=name == 'closed output')
   for (command, _), (code, out, err) in zip(cases, ran, strict=True):
     assert code == 0, (command, err)
     assert 'Traceback' not in err
-    if name != 'closed output':
-      assert out.count('\n') > 0, command
+    assert bool(out) == (name != 'closed output'), command
+  code, out, err = ran[0]
+  if out:
+    *table, last = out.strip().splitlines()
+    assert last == 'a/report.html'
+    assert any('| cam | adv2 | 3 |' in line for line in table)
+  for shown in ('benign cam, making the maps', 'adv2 cam step 2/2, success', 'adv2 cam judged, '):
+    assert shown in err
+  config = json.loads((tmp_path / 'a/metrics.json').read_text())['config']
+  assert config == cli.defaults() | attack | {'compilation_cache': None}
   assert (tmp_path / 'e/explain.json').exists()
   assert (tmp_path / 't/scene_resnet.safetensors').exists()
   if name in PLAIN:
