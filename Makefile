@@ -10,7 +10,7 @@ attack: $(VENV)/.installed
 	$(PY) -m experiments.attack $(ARGS)
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n auto --dist loadfile -m "not slow and not real and not gpu" $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not real and not gpu" $(ARGS)
 
 slow: $(VENV)/.test
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(PY) -m pytest -m "slow or real" $(ARGS)

@@ -1,9 +1,11 @@
 """Set before jax starts: eight virtual devices, rank promotion raises, warnings are errors.
 
-Most of the suite's time is XLA's, so it compiles without optimising, and keeps what it compiled for
-the other worker, for the commands that tests start, and for the next run.
+Most of the suite's time is JAX's. So XLA does not optimise, all that it compiles is kept for the
+other worker, for the commands that tests start and for the next run, programs do not carry
+tracebacks, and garbage, of which traces make a lot, is collected rarely.
 """
 
+import gc
 import os
 import pathlib
 
@@ -11,17 +13,19 @@ from jaxlib import version
 
 # XLA does not promise to keep these names.
 LIGHT = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-XLA_FLAGS = ' '.join(
-  [
-    '--xla_backend_optimization_level=0',
-    LIGHT if version.__version_info__ < (0, 11) else '',
-    os.environ.get('XLA_FLAGS', ''),  # the last of a name counts: `make slow` gives another level
-  ]
-)
-os.environ['XLA_FLAGS'] = f'{XLA_FLAGS} --xla_force_host_platform_device_count=8'
+QUICK = f'--xla_backend_optimization_level=0 {LIGHT if version.__version_info__ < (0, 11) else ""}'
+DEVICES = '--xla_force_host_platform_device_count=8'
+# What is given comes last, and so counts: `make slow` gives another level. xdist's workers inherit
+# all of it.
+XLA_FLAGS = ' '.join(dict.fromkeys(f'{QUICK} {os.environ.get("XLA_FLAGS", "")}'.split()))
+XLA_FLAGS = XLA_FLAGS.replace(DEVICES, '').strip()
+os.environ['XLA_FLAGS'] = f'{XLA_FLAGS} {DEVICES}'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.05')
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+gc.set_threshold(200_000, 50, 1000)
 
 import jax
 import pytest

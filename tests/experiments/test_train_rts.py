@@ -140,6 +140,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(_train_rts, 'HELD_OUT', 25)
     patch.setattr(train_command, 'SAVE_EVERY', 3)
+    patch.setattr(_train_rts, '_SHOWN', 3)
     train_command.run(flags | {'workdir': str(tmp_path / 'whole')})
     patch.setattr(
       training, 'fit', lambda f, s, at, n, key, **k: original(f, s, killed(at, n), n, key, **k)
