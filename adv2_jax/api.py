@@ -39,10 +39,11 @@ class History(NamedTuple):
   terms: Terms
   success: np.ndarray
   gradient: np.ndarray  # the largest |gradient| of each example
+  before: Any = None  # bool[B], the clean image is taken for the target; None: not looked at
 
   def of(self, rows: Any) -> 'History':
     """The same of some examples."""
-    cut = jax.tree.map(lambda v: v[:, rows], self[2:])
+    cut = jax.tree.map(lambda v: v[:, rows], (self.terms, self.success, self.gradient))
     return History(self.evaluations, self.passes, *cut)
 
   def gradients(self) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +87,6 @@ class AttackResult(NamedTuple):
     success: bool[B].
     terms: cross-entropy of the target, MSE of the map to the target map, and their sum.
     history: losses and success over the steps.
-    health: examples of which the figures mean nothing.
   """
 
   x: Image
@@ -95,7 +95,11 @@ class AttackResult(NamedTuple):
   success: Array
   terms: Terms
   history: History
-  health: Health
+
+  @property
+  def health(self) -> Health:
+    """Examples of which the figures mean nothing."""
+    return Health(self.history.before, *self.history.gradients(), metrics.flat(self.maps))
 
   def __repr__(self) -> str:
     """In one line, without the pixels."""
@@ -303,10 +307,10 @@ def attack(
   x8, history = attack_batch(recipe, clf, interpreter, batch, radius, key if not key.ndim else keys)
   delivered = (x8, *_judge(clf, interpreter, batch, x8, keys))
   x8, logits, maps, hit, terms = jax.tree.map(lambda v: v[:n], delivered)
-  history = history.of(slice(n))
-  health = Health(seen[:n] == target[:n], *history.gradients(), metrics.flat(maps))
-  health.warn()
-  return AttackResult(x8, logits, maps, hit, terms, history, health)
+  history = history.of(slice(n))._replace(before=np.asarray(seen[:n] == target[:n]))
+  result = AttackResult(x8, logits, maps, hit, terms, history)
+  result.health.warn()
+  return result
 
 
 def _warn_of_other_maps(target_map: Map | None, label: Label, seen: Label) -> None:

@@ -110,7 +110,8 @@ def from_fn(
   if surrogate_fn is None:
     warnings.warn(PLAIN, stacklevel=2)
   name = getattr(apply_fn, '__name__', 'apply_fn')
-  return _classifier(name, apply_fn, head_fn, surrogate_fn).replace(params=_snapshot(params))
+  clf = _memoised(_from_fn, name, apply_fn, head_fn, surrogate_fn)
+  return clf.replace(params=_snapshot(params))
 
 
 def _snapshot(params: PyTree) -> PyTree:
@@ -164,6 +165,12 @@ def _kind(value: Any) -> str:
   return f'({inside})' if inside else f'a {type(value).__name__}'
 
 
+@functools.lru_cache(maxsize=64)
+def _from_fn(*functions: Any) -> Classifier:
+  """The same functions give the same static ones, so nothing is traced anew."""
+  return _classifier(*functions)
+
+
 # --- Flax -----------------------------------------------------------------------------------------
 
 # Arguments by which modules are told that they are not being trained.
@@ -191,6 +198,10 @@ def _arguments(call: Callable[..., Any], name: str) -> dict[str, bool]:
       'from_fn(params, lambda p, x: …, …)'
     )
   return {k: v for k, v in _EVALUATION.items() if k in taken}
+
+
+def _optional(call: Callable[..., Any], argument: str) -> bool:
+  return inspect.signature(call).parameters[argument].default is None
 
 
 def _normaliser(mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Array]:
@@ -228,6 +239,12 @@ def _softened_of(owner: str, name: str, value: Any, act: Callable[[Array], Array
   return softened(value, act)
 
 
+def _is_elementwise(value: Any) -> bool:
+  """Whether a layer of a Sequential is an activation: no module, no pooling."""
+  is_module = isinstance(value, nn.Module | nnx.Module)
+  return callable(value) and not is_module and kinks(value) is not None
+
+
 def _is_act(name: str, value: Any) -> bool:
   return callable(value) and _NAMES_OF_ACT.fullmatch(name) is not None
 
@@ -247,7 +264,7 @@ def _softened_linen(act: Callable[[Array], Array]) -> Iterator[list[str]]:
         object.__setattr__(module, field.name, new)  # modules are frozen
     if isinstance(module, nn.Sequential):
       layers = [v if isinstance(v, nn.Module) else softened(v, act) for v in module.layers]
-      met.extend('layers' for v in module.layers if not isinstance(v, nn.Module))
+      met.extend('layers' for v in module.layers if _is_elementwise(v))
       object.__setattr__(module, 'layers', tuple(layers))
     return call(*args, **kwargs)
 
@@ -295,9 +312,13 @@ def from_linen(
 def _from_linen(module: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Classifier:
   normalise = _normaliser(mean, std)
   name = type(module).__name__
-  modes = {f.name for f in dataclasses.fields(module)} & _EVALUATION.keys()
-  module = module.clone(**{k: _EVALUATION[k] for k in modes})
   evaluation = _arguments(type(module).__call__, name)
+  fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)}
+  # `nn.merge_param` takes a field or an optional argument of the same name, never both.
+  optional = {k for k in evaluation if _optional(type(module).__call__, k)}
+  modes = {k for k in fields.keys() & _EVALUATION if k not in optional or fields[k] is not None}
+  module = module.clone(**{k: _EVALUATION[k] for k in modes})
+  evaluation = {k: v for k, v in evaluation.items() if k not in optional & modes}
   head = getattr(type(module), 'head', None)
   of_head = _arguments(head, f'{name}.head') if callable(head) else {}
 
@@ -364,7 +385,7 @@ def _soften_nnx(model: Any, act: Callable[[Array], Array]) -> bool:
   for _, node in [*nnx.iter_graph(model)]:
     if isinstance(node, nnx.List):  # of nnx.Sequential
       for i, value in enumerate(node):
-        if callable(value) and not isinstance(value, nnx.Module):
+        if _is_elementwise(value):
           found, node[i] = True, softened(value, act)
     elif isinstance(node, nnx.Module):
       for name, value in [*vars(node).items()]:

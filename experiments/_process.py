@@ -24,7 +24,8 @@ def cache_directory(flag: str | None = None) -> pathlib.Path | None:
   if chosen == '':
     return None
   base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return user_path(chosen or pathlib.Path(base) / 'adv2_jax') / processor()
+  path = user_path(chosen or pathlib.Path(base) / 'adv2_jax')
+  return None if path.parts[0] == '~' else path / processor()  # nobody's home
 
 
 def processor() -> str:
@@ -40,6 +41,8 @@ def processor() -> str:
 def keep_compiled(flag: str | None = None) -> None:
   """Switches JAX's persistent cache on; not where it cannot be written, or JAX has one already."""
   path = cache_directory(flag)
+  if flag == '':
+    jax.config.update('jax_enable_compilation_cache', False)
   if path is None or (flag is None and getattr(jax.config, 'jax_compilation_cache_dir', None)):
     return
   try:

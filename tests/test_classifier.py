@@ -550,3 +550,51 @@ def test_bad_classifiers_are_told_what_to_do(what):
 def test_bad_images_for_the_check(x, message):
   with pytest.raises(InputError, match=message):
     check_classifier(tiny.classifier(), x)
+
+
+def test_a_mode_that_is_field_and_argument_is_given_once():
+  """Flax's own idiom, `merge_param`, refuses both."""
+
+  class Net(nn.Module):
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, deterministic=None):
+      off = nn.merge_param('deterministic', self.deterministic, deterministic)
+      x = nn.Dropout(0.5, deterministic=off)(x)
+      return x.mean((1, 2)), {'features': x}
+
+    def head(self, features):
+      return features.mean((1, 2))
+
+  for field in (None, True, False):
+    with pytest.warns(UserWarning, match='no surrogate_fn'):
+      clf = from_linen(Net(field), {}, mean=(0.5,) * 3, std=(1.0,) * 3)
+    assert jax.eval_shape(clf, X).logits.shape == (len(X), 3)
+
+
+def test_pooling_in_a_sequential_is_no_activation():
+  """A net with ReLUs that cannot be seen is warned of all the same."""
+
+  class Net(nn.Module):
+    def setup(self):
+      self.last = nn.Sequential([lambda a: a.mean((1, 2)), nn.Dense(4)])
+      self.conv = nn.Conv(3, (3, 3))
+
+    def __call__(self, x):
+      features = nn.relu(self.conv(x))
+      return self.head(features), {'features': features}
+
+    def head(self, features):
+      return self.last(features)
+
+  with pytest.warns(UserWarning, match='no surrogate_fn'):
+    from_linen(Net(), {})
+
+
+def test_the_same_functions_make_the_same_static_ones():
+  apply = lambda p, x: (p * x.mean((1, 2)), {'features': x})  # noqa: E731
+  head = lambda p, a: p * a.mean((1, 2))  # noqa: E731
+  first, second = (from_fn(p, apply, head, apply) for p in (1.0, 2.0))
+  assert first.apply_fn is second.apply_fn
+  assert first.surrogate_fn is second.surrogate_fn

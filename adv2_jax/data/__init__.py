@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import Any
 
@@ -68,7 +69,7 @@ def _with_masks(dataset: Dataset, masks: str | pathlib.Path | None) -> Dataset:
   return dataclasses.replace(
     dataset,
     mask_of=read_masks(path, len(dataset)),
-    stamps=lambda: [*dataset.stamps(), path.read_bytes()],
+    stamps=lambda: itertools.chain(dataset.stamps(), [path.read_bytes()]),  # a file at a time
   )
 
 

@@ -90,6 +90,8 @@ def read_csv(path: pathlib.Path, columns: Sequence[str]) -> list[tuple[int, dict
       return [(reader.line_num, {name: row[name].strip() for name in columns}) for row in reader]
   except (UnicodeDecodeError, csv.Error) as error:
     raise InputError(f'{path} is not a CSV file in UTF-8 ({error}); save it as one') from None
+  except OSError as error:
+    raise InputError(f'cannot read {path}: {error.strerror}; check the file') from None
 
 
 def table_number(text: str) -> int | None:

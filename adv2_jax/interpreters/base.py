@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adv2_jax import validate
+from adv2_jax.classifier import require
 from adv2_jax.types import (
   Array,
   Carry,
@@ -77,6 +78,7 @@ class Interpreter(flax.struct.PyTreeNode):
     """
     if validate.traced(self, clf, x, y, key):
       return _map(self, clf, x, y, example_keys(key, len(x)))
+    require(clf)
     x = validate.images(x)
     keys = example_keys(key, len(x))
     num_classes = jax.eval_shape(_logits, clf, x).shape[-1]
@@ -135,7 +137,7 @@ def one_per_setting(factory: Callable[P, T]) -> Callable[P, T]:
   def call(*args: P.args, **kwargs: P.kwargs) -> T:
     given = signature.bind(*args, **kwargs)
     given.apply_defaults()
-    settings = tuple(given.arguments.values())
+    settings = tuple((type(v), v) for v in given.arguments.values())  # 4.0 is not 4
     try:
       if settings not in made:
         made[settings] = factory(*args, **kwargs)

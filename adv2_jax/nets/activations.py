@@ -42,18 +42,25 @@ def soft_relu(z: Array, tau: float = 1e-4, form: str = 'printed') -> Array:
   return jnp.maximum(z, 0)
 
 
+def _full(z: Array) -> Array:
+  """In float32 at least: in half precision z² and the closed form leave the range."""
+  return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def soft_step(z: Array, tau: float, form: str) -> Array:
   """h(z) of `soft_relu`; its own derivative is the closed form, which cannot cancel at large z."""
-  r = z * jax.lax.rsqrt(z * z + tau)
-  return (1 + r) / 2 if form == 'smooth' else jnp.where(z < 0, 1 + r, r)
+  wide = _full(z)
+  r = wide * jax.lax.rsqrt(wide * wide + tau)
+  return ((1 + r) / 2 if form == 'smooth' else jnp.where(z < 0, 1 + r, r)).astype(z.dtype)
 
 
 @soft_step.defjvp
 def _soft_step_jvp(tau, form, primals, tangents):
   (z,), (dz,) = primals, tangents
-  slope = tau * jax.lax.rsqrt(z * z + tau) ** 3
-  return soft_step(z, tau, form), (slope / 2 if form == 'smooth' else slope) * dz
+  wide = _full(z)
+  slope = tau * jax.lax.rsqrt(wide * wide + tau) ** 3 * (0.5 if form == 'smooth' else 1.0)
+  return soft_step(z, tau, form), (slope * _full(dz)).astype(z.dtype)
 
 
 @soft_relu.defjvp

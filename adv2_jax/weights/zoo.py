@@ -235,7 +235,7 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     InputError: nothing is there, or it is a pickle, which is never opened.
   """
   text = os.fspath(source)
-  if text.endswith(weight_files.PICKLES) and not os.path.isdir(text):
+  if text.endswith(weight_files.PICKLES) and not validate.user_path(text).is_dir():
     raise weight_files.pickle_error(text)
   if text.startswith('hf://'):
     return weight_files.download(text)

@@ -102,7 +102,11 @@ def read_results(workdir: str | os.PathLike) -> Results:
 
 def _read_examples(path: pathlib.Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
   columns: dict[tuple[str, str], dict[str, array.array]] = {}
-  with open(path, newline='', encoding='utf-8') as file:
+  try:
+    file = open(path, newline='', encoding='utf-8')  # noqa: SIM115
+  except OSError as error:
+    raise store.StoreError(f'cannot read {path}: {error.strerror}; get the run again') from None
+  with file:
     for line in csv.DictReader(file):
       kind = columns.setdefault(
         (line['attack'], line['interpreter']), {name: array.array('d') for name in _NUMBERS}

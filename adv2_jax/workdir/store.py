@@ -423,6 +423,11 @@ def _refuse_other_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     path / 'config.json', 'holds no run that could be resumed; choose another --workdir'
   )
   for name in sorted((old.keys() | config.keys()) - FREE_FLAGS - {'digests'}):
+    if name not in old:
+      raise StoreError(
+        f'workdir {path} was made by another version, which knew no --{name}: choose another '
+        '--workdir'
+      )
     if old.get(name) != config.get(name):
       raise StoreError(
         f'workdir {path} was made with --{name} {old.get(name)!r}, now it is '

@@ -85,6 +85,11 @@ def test_jit_and_eager_agree(name):
   )
 
 
+def test_a_net_is_no_classifier():
+  with pytest.raises(InputError, match=r'TinyNet; make a classifier of it: from_linen'):
+    interpreters.cam().explain(tiny.TinyNet(), X, Y, KEY)
+
+
 @every_interpreter
 def test_called_again_it_traces_nothing(name):
   """Outside of a trace it jits itself."""
@@ -453,6 +458,7 @@ def test_the_same_settings_give_the_same_object(name):
   for setting in default:
     assert factory(**{setting: 3}) is factory(**{setting: 3}) is not factory()
   assert interpreters.grad(4) is interpreters.grad(pool=4)
+  assert interpreters.grad(4) is not interpreters.grad(pool=4.0)  # which fails, and must not stay
 
 
 def test_an_own_interpreter_is_a_formula():

@@ -291,3 +291,15 @@ def test_bfloat16_taps_and_float32_logits(module):
 def test_unknown_net_lists_the_known_ones():
   with pytest.raises(InputError, match=r"'vgg16'.*resnet18.*scene_resnet"):
     nets.build('vgg16')
+
+
+@pytest.mark.parametrize('form', ['printed', 'smooth'])
+def test_half_precision_has_the_derivatives_of_full(form):
+  """z² is beyond float16 from 256 on, and the closed form near 0."""
+  z = np.array([-300.0, -1.0, 0.0, 0.01, 300.0])
+  step = jax.grad(lambda v: soft_relu(v, 1e-4, form))
+  for derivative in (step, jax.grad(step)):
+    half, full = (
+      np.asarray(jax.vmap(derivative)(jnp.asarray(z, t))) for t in ('float16', 'float32')
+    )
+    np.testing.assert_allclose(np.float32(half), full, rtol=2e-3, atol=1e-4)
