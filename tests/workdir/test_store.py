@@ -188,7 +188,12 @@ def test_resume_compares_the_flags_that_change_results(tmp_path):
   refuses('--epsilon 0.031, now it is 0.05', tmp_path, other, resume=True)
   refuses("--dataset 'scenes', now it is None", tmp_path, {}, resume=True)
   # The last bit of a convolution's sums may depend on it.
-  refuses('by another version, which knew no --batch_size', tmp_path, {**CONFIG, 'batch_size': 8}, resume=True)
+  refuses(
+    'by another version, which knew no --batch_size',
+    tmp_path,
+    {**CONFIG, 'batch_size': 8},
+    resume=True,
+  )
   moved = {**CONFIG, 'num_devices': 8, 'workdir': 'elsewhere', 'resume': True}
   assert store.Workdir.create(tmp_path, moved, resume=True).done('adv2', 'cam') == {1}
 
