@@ -7,16 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adv2_jax.types import Array, Label, Map, PredictionLoss
-
-
-def _full(v: Array) -> Array:
-  return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+from adv2_jax.types import Array, Label, Map, PredictionLoss, widened
 
 
 def _others(logits: Array, target: Label) -> tuple[Array, Array]:
   """(logits with the target's own set to −inf, the target's logit [B])."""
-  logits = _full(logits)
+  logits = widened(logits)
   is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
   z_t = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
   return jnp.where(is_target, -jnp.inf, logits), z_t
@@ -51,13 +47,13 @@ def smoothed_xent(confidence: float = 0.95) -> PredictionLoss:
     k = logits.shape[-1]
     rest = (1 - confidence) / (k - 1)
     labels = rest + (confidence - rest) * jax.nn.one_hot(target, k, dtype=jnp.float32)
-    return optax.losses.softmax_cross_entropy(_full(logits), labels)
+    return optax.losses.softmax_cross_entropy(widened(logits), labels)
 
   return loss
 
 
 def _squares(maps: Map, target_map: Map) -> Array:
-  return jnp.square(_full(maps) - _full(target_map))
+  return jnp.square(widened(maps) - widened(target_map))
 
 
 def map_mse(maps: Map, target_map: Map) -> Array:

@@ -201,6 +201,11 @@ def step_keys(key: Key, example_id: Array, step: int | Array) -> Key:
   return fold_keys(jax.vmap(lambda i: jax.random.fold_in(base, i))(example_id), step)
 
 
+def widened(v: Array) -> Array:
+  """In float32 at least: half precision loses 1e-10, and squares leave its range."""
+  return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+
+
 def fold_keys(keys: Key, i: int | np.uint32 | Array) -> Key:
   """i folded into each of the keys [B]."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, i)

@@ -322,7 +322,7 @@ def target_map(setup: Setup, shard: Shard, name: str, clean: Map, given: dict) -
     seed, shape = setup.config['seed'], clean.shape[1:]
     return jnp.asarray([_targets.random_patch(seed, int(i), shape) for i in shard.id])
   if kind == 'random_class':
-    x = images.from_uint8(setup.dataset.images(shard.donor))
+    x = jnp.asarray(images.from_uint8(setup.dataset.images(shard.donor)))
     return api.explain(setup.clf, setup.interpreters[name], x, shard.batch.target, shard.keys)
   return jnp.asarray(np.stack([given[name][int(i)] for i in shard.id]))
 

@@ -84,7 +84,7 @@ class Interpreter(flax.struct.PyTreeNode):
     num_classes = jax.eval_shape(_logits, clf, x).shape[-1]
     y = validate.labels(y, len(x), num_classes, 'y')
     validate.explicable(y, self, 'y')
-    return _map_jitted(self, clf, x, y, keys)
+    return map_jitted(self, clf, x, y, keys)
 
   def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
     """The carry before the first attack step; x are the clean images."""
@@ -122,7 +122,7 @@ def _map(interpreter: Interpreter, clf: Any, x: Image, y: Label, keys: Key) -> M
   return interpreter._checked(maps, x)
 
 
-_map_jitted = jax.jit(_map)
+map_jitted = jax.jit(_map)  # for `attack` too, so that both share a program
 _logits = jax.jit(lambda clf, x: clf(x).logits)  # for its shape: jit remembers what it has traced
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax.types import Array, InputError
+from adv2_jax.types import Array, InputError, widened
 
 FORMS = ('printed', 'smooth')
 
@@ -42,15 +42,10 @@ def soft_relu(z: Array, tau: float = 1e-4, form: str = 'printed') -> Array:
   return jnp.maximum(z, 0)
 
 
-def _full(z: Array) -> Array:
-  """In float32 at least: in half precision z² and the closed form leave the range."""
-  return z.astype(jnp.promote_types(z.dtype, jnp.float32))
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def soft_step(z: Array, tau: float, form: str) -> Array:
   """h(z) of `soft_relu`; its own derivative is the closed form, which cannot cancel at large z."""
-  wide = _full(z)
+  wide = widened(z)
   r = wide * jax.lax.rsqrt(wide * wide + tau)
   return ((1 + r) / 2 if form == 'smooth' else jnp.where(z < 0, 1 + r, r)).astype(z.dtype)
 
@@ -58,9 +53,9 @@ def soft_step(z: Array, tau: float, form: str) -> Array:
 @soft_step.defjvp
 def _soft_step_jvp(tau, form, primals, tangents):
   (z,), (dz,) = primals, tangents
-  wide = _full(z)
+  wide = widened(z)
   slope = tau * jax.lax.rsqrt(wide * wide + tau) ** 3 * (0.5 if form == 'smooth' else 1.0)
-  return soft_step(z, tau, form), (slope * _full(dz)).astype(z.dtype)
+  return soft_step(z, tau, form), (slope * widened(dz)).astype(z.dtype)
 
 
 @soft_relu.defjvp
