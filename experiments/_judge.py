@@ -1,13 +1,22 @@
-"""What the commands that judge images share: the jitted judges, the table, what ran it."""
+"""What the commands that judge images share.
+
+The jitted judges, the table, what ran it, and what a finished run left, in batches.
+"""
 
 import contextlib
 import pathlib
 import subprocess
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from adv2_jax import metrics
+from adv2_jax import images, metrics
+from adv2_jax.types import Array, InputError
+from adv2_jax.workdir import store
+from adv2_jax.workdir.results import Results
 from experiments import _setup
 
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
@@ -57,3 +66,47 @@ def table(found: list[dict[str, Any]]) -> str:
     cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
     lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
   return '\n'.join(lines)
+
+
+# What a finished run left.
+
+
+class Disagreement(InputError):
+  """Files of a run that do not say the same; the message names the first place."""
+
+
+def batches(ids: Sequence[int], size: int) -> Iterator[list[int]]:
+  """The ids, `size` at a time."""
+  yield from (list(ids[k : k + size]) for k in range(0, len(ids), size))
+
+
+def read_images(results: Results, attack: str, name: str, ids: Sequence[int]) -> Array:
+  """The 8-bit images of a run as f32[B,H,W,3], or Disagreement."""
+  files = [f'{store.image_folder(attack, name)}/{i:06d}.png' for i in ids]
+  found = _stack([results.image(attack, name, i) for i in ids], files)
+  return jnp.asarray(images.from_uint8(found))
+
+
+def read_maps(results: Results, attack: str, name: str, ids: Sequence[int]) -> Array:
+  """The maps of a run, f32[B,h,w], or Disagreement."""
+  files = [f'{store.map_folder(attack, name)}/{i:06d}.npy' for i in ids]
+  return jnp.asarray(_stack([results.map(attack, name, i) for i in ids], files))
+
+
+def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndarray:
+  found: list[np.ndarray] = []
+  for array, file in zip(arrays, files, strict=True):
+    if array is None:
+      raise Disagreement(f'{file} is missing, but examples.csv has this example')
+    if array.shape != (found or [array])[0].shape:
+      raise Disagreement(f'{file} has shape {array.shape}, but {files[0]} {found[0].shape}')
+    found.append(array)
+  return np.stack(found)
+
+
+def read_masks(results: Results, ids: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+  """The objects; empty where there are none, which leaves the localisation fields empty."""
+  files = [results.path / 'masks' / f'{i:06d}.png' for i in ids]
+  return np.stack(
+    [images.read_image(f)[..., 0] > 0 if f.exists() else np.zeros(shape, bool) for f in files]
+  )

@@ -10,31 +10,31 @@ pointing game and energy inside, unless masks/ is there.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from adv2_jax import images, metrics
+from adv2_jax import metrics
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
-from adv2_jax.types import Array, InputError
+from adv2_jax.types import Array
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results, read_results
 from experiments import _digests, _flags, _judge, _setup
+from experiments._judge import Disagreement
 
-# What another device may change. IoU is a count of cells, and one cell may cross the threshold.
+# What another device may change. IoU and top-k count cells, and one may cross the threshold.
 CELL = 0.02
-TOLERANCE = {'map_iou': 0.03, 'map_spearman': 0.01, 'map_ssim': 0.01, 'pointing_game': 0.0}
+TOLERANCE = {
+  **{'map_iou': 0.03, 'map_topk': 0.03, 'map_ssim': 0.01, 'pointing_game': 0.0},
+  **{'map_spearman': 0.01, 'map_kendall': 0.01, 'map_pearson': 0.01},
+}
 OTHERWISE = 2e-3
 LOCALISATION = ('pointing_game', 'energy_inside')
 OF_THE_ATTACK = ('zero_gradient', 'nonfinite_gradient')
-
-
-class Disagreement(InputError):
-  """Files of a run that do not say the same; the message names the first place."""
 
 
 def rescore(workdir: str) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
       found: dict[str, list[dict[str, Any]]] = {a: [] for a in attacks if a not in _judge.NOT_KEPT}
       for kind in found:
         bar.set_postfix_str(f'{kind} {name}')
-        for batch in _batches(ids_of.get((kind, name), []), results.config['batch_size']):
+        for batch in _judge.batches(ids_of.get((kind, name), []), results.config['batch_size']):
           found[kind] += _judged(results, clf, interpreter, name, kind, batch)
           bar.update(len(batch))
       for kind, records in found.items():
@@ -71,10 +71,6 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
         _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
         rows.append(row)
   return rows
-
-
-def _batches(ids: Sequence[int], size: int) -> Iterator[list[int]]:
-  yield from (list(ids[k : k + size]) for k in range(0, len(ids), size))
 
 
 def _judged(
@@ -89,8 +85,8 @@ def _judged(
   padded = np.resize(ids, results.config['batch_size']).tolist()
   said = [results.example(kind, name, i) for i in padded]
   label, target = (jnp.array([int(s[k]) for s in said]) for k in ('label', 'target'))
-  clean = _images(results, 'benign', name, padded)
-  x8 = clean if kind == 'benign' else _images(results, kind, name, padded)
+  clean = _judge.read_images(results, 'benign', name, padded)
+  x8 = clean if kind == 'benign' else _judge.read_images(results, kind, name, padded)
   keys = metrics.judge_keys(results.config['seed'], padded)
   maps_of = functools.partial(
     _judge.two_class_maps, clf, interpreter, y=label, target=target, key=keys
@@ -103,12 +99,12 @@ def _judged(
     clean,
     x8,
     target,
-    _maps(results, 'target', name, padded),
+    _judge.read_maps(results, 'target', name, padded),
     clean_maps,
     maps,
     epsilon=results.config['epsilon'],
     attacked=attacked,
-    mask=_masks(results, padded, clean.shape[1:3]),
+    mask=_judge.read_masks(results, padded, clean.shape[1:3]),
   )
   is_real = np.arange(len(padded)) < len(ids)
   records = store.as_records(scores, is_real, id=padded, label=label, target=target)
@@ -116,43 +112,13 @@ def _judged(
     if record['out_of_set']:
       image = f'{store.image_folder(kind, name)}/{record["id"]:06d}.png'
       raise Disagreement(f'{image} is outside of the perturbation set around its benign image')
-  fresh, stored = np.asarray(maps[int(attacked)]), _maps(results, kind, name, padded)
+  fresh, stored = np.asarray(maps[int(attacked)]), _judge.read_maps(results, kind, name, padded)
   _compare_maps(fresh, stored, kind, name, ids)
   for record, one in zip(records, said, strict=False):
     where = f'{kind}/{name}, example {record["id"]}'
     for field in ('prediction', 'success', 'confidence', 'map_l1', 'map_iou'):
       _compare(where, field, one.get(field), record[field], 'examples.csv')
   return records
-
-
-def _images(results: Results, kind: str, name: str, ids: Sequence[int]) -> Array:
-  files = [f'{store.image_folder(kind, name)}/{i:06d}.png' for i in ids]
-  found = _stack([results.image(kind, name, i) for i in ids], files)
-  return jnp.asarray(images.from_uint8(found))
-
-
-def _maps(results: Results, kind: str, name: str, ids: Sequence[int]) -> Array:
-  files = [f'{store.map_folder(kind, name)}/{i:06d}.npy' for i in ids]
-  return jnp.asarray(_stack([results.map(kind, name, i) for i in ids], files))
-
-
-def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndarray:
-  found: list[np.ndarray] = []
-  for array, file in zip(arrays, files, strict=True):
-    if array is None:
-      raise Disagreement(f'{file} is missing, but examples.csv has this example')
-    if array.shape != (found or [array])[0].shape:
-      raise Disagreement(f'{file} has shape {array.shape}, but {files[0]} {found[0].shape}')
-    found.append(array)
-  return np.stack(found)
-
-
-def _masks(results: Results, ids: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
-  """The objects; empty where there are none, which leaves the localisation fields empty."""
-  files = [results.path / 'masks' / f'{i:06d}.png' for i in ids]
-  return np.stack(
-    [images.read_image(f)[..., 0] > 0 if f.exists() else np.zeros(shape, bool) for f in files]
-  )
 
 
 def _compare_maps(fresh: np.ndarray, stored: Array, kind: str, name: str, ids: list[int]) -> None:

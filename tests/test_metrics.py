@@ -25,6 +25,9 @@ MAPS = hnp.arrays(np.float32, (3, 4, 5), elements=GRID)
 # Jitted, as callers do; one trace each, because the shapes stay.
 map_iou = jax.jit(metrics.map_iou, static_argnames='quantile')
 spearman = jax.jit(metrics.spearman)
+topk = jax.jit(metrics.topk_intersection, static_argnames='k')
+kendall, pearson = jax.jit(metrics.kendall), jax.jit(metrics.pearson)
+centre_shift = jax.jit(metrics.centre_shift)
 
 
 def pair(seed, shape=(3, 7, 7)):
@@ -103,6 +106,98 @@ def test_spearman_ignores_monotone_transforms(a, b):
   np.testing.assert_allclose(spearman(a, 1 - b**3), -rho, atol=1e-6)
 
 
+@pytest.mark.parametrize('k', [0.2, 0.5, 1.0, 1, 7, 20, 0.01])
+@settings(max_examples=20, deadline=None)
+@given(MAPS, MAPS)
+def test_topk_equals_sorted_sets(k, a, b):
+  """On a coarse grid most cells are tied: of those the first ones count."""
+  cells = k if isinstance(k, int) else max(1, round(k * 20))
+  first = lambda m: set(sorted(range(20), key=lambda i: -m.ravel()[i])[:cells])  # noqa: E731
+  expected = [len(first(m) & first(t)) / cells for m, t in zip(a, b, strict=True)]
+  np.testing.assert_allclose(topk(a, b, k), expected, rtol=1e-6)
+
+
+def test_topk_by_hand():
+  a = np.arange(100, dtype=np.float32).reshape(1, 10, 10)
+  np.testing.assert_allclose(topk(a, np.roll(a, 1, axis=1), 0.2), 0.5)  # the last two rows, 8 and 9
+  assert topk(a, np.zeros_like(a), 20)[0] == 0  # those of a constant map are the first two
+  assert topk(a, a[:, ::-1], np.int64(100))[0] == 1
+
+
+@pytest.mark.parametrize('k', [0, -1, 21, 0.0, -0.5, 1.5, np.nan, True, '5'])
+def test_another_k_is_refused(k):
+  a = jnp.zeros((3, 4, 5))
+  with pytest.raises(types.InputError, match=r'^k is .*expected .* cells'):
+    metrics.topk_intersection(a, a, k)
+
+
+CORRELATIONS = {
+  'kendall': (kendall, scipy.stats.kendalltau),
+  'pearson': (pearson, scipy.stats.pearsonr),
+}
+
+
+@pytest.mark.parametrize('name', CORRELATIONS)
+@settings(max_examples=40, deadline=None)
+@given(a=MAPS, b=MAPS)
+def test_correlations_equal_scipy_with_ties(name, a, b):
+  metric, reference = CORRELATIONS[name]
+  found = np.asarray(metric(a, b))
+  for value, m, t in zip(found, a, b, strict=True):
+    if np.ptp(m) == 0 or np.ptp(t) == 0:
+      assert value == 0
+    else:
+      expected = reference(m.ravel().astype(float), t.ravel().astype(float)).statistic
+      np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CORRELATIONS)
+def test_correlations_equal_scipy_on_large_maps(name):
+  """Half of the cells tied; then the same, small and far from 0, where sums cancel."""
+  metric, reference = CORRELATIONS[name]
+  a, b = pair(3, (2, 56, 56))
+  a, b = a.round(1), np.where(b > 0.5, 0.7 * a + 0.3 * b, 0)
+  for m, t, tolerance in ((a, b, 1e-6), (0.5 + a / 1024, 0.25 + b / 512, 1e-5)):
+    expected = [
+      reference(u.ravel().astype(float), v.ravel().astype(float)).statistic
+      for u, v in zip(m, t, strict=True)
+    ]
+    np.testing.assert_allclose(metric(m, t), expected, atol=tolerance)
+
+
+def test_kendall_takes_little_memory_at_the_largest_map():
+  a = jax.ShapeDtypeStruct((2, 56, 56), jnp.float32)
+  used = kendall.lower(a, a).compile().memory_analysis().temp_size_in_bytes
+  assert used < 100 * 2 * 56**2  # all pairs would be 3136 times a map, not some 25 times
+
+
+@pytest.mark.parametrize('value', [0.0, 0.1, 1.0])
+def test_constant_maps_correlate_with_nothing(value):
+  a, (b, _) = np.full((3, 7, 7), value, np.float32), pair(2)
+  for metric in (kendall, pearson):
+    assert (np.asarray(metric(a, b)) == 0).all()
+    assert (np.asarray(metric(a, a)) == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(MAPS, MAPS)
+def test_centre_equals_scipy(a, b):
+  for value, m, t in zip(np.asarray(centre_shift(a, b)), a, b, strict=True):
+    if m.sum() == 0 or t.sum() == 0:
+      assert value == 0
+    else:
+      both = np.array([scipy.ndimage.center_of_mass(v.astype(float)) for v in (m, t)]) / m.shape
+      expected = np.linalg.norm(both[0] - both[1]) / np.sqrt(2)
+      np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_centre_by_hand():
+  a = np.zeros((3, 4, 8), np.float32)
+  b = a.copy()
+  a[:, 0, 0], b[0, 3, 6], b[1, 2, 0] = 0.01, 1, 1  # the last of b is empty
+  np.testing.assert_allclose(centre_shift(a, b), [0.75, 0.5 / np.sqrt(2), 0], rtol=1e-6)
+
+
 def ssim_scipy(a, b, size):
   """Wang et al. 2004, by scipy: up-sampling by `zoom`, blur by `gaussian_filter`, interior mean."""
 
@@ -142,7 +237,12 @@ MAP_METRICS = {  # metric, its value on equal maps, its range
   'iou': (map_iou, 1, 0, 1),
   'spearman': (spearman, 1, -1, 1),
   'ssim': (jax.jit(lambda a, b: metrics.ssim(a, b, (12, 15))), 1, -1, 1),
+  'topk': (topk, 1, 0, 1),
+  'kendall': (kendall, 1, -1, 1),
+  'pearson': (pearson, 1, -1, 1),
+  'centre': (centre_shift, 0, 0, 1),
 }
+RANKED = ('spearman', 'kendall', 'pearson')  # 0 for a constant map
 
 
 @pytest.mark.parametrize('name', MAP_METRICS)
@@ -157,7 +257,7 @@ def test_symmetric_bounded_and_exact_on_equal_maps(name, a, b):
   assert (value >= low - tolerance).all()
   assert (value <= high + tolerance).all()
   np.testing.assert_allclose(metric(b, a), value, atol=tolerance)
-  ranked = np.ptp(a, axis=(1, 2)) > 0 if name == 'spearman' else np.ones(3, bool)
+  ranked = np.ptp(a, axis=(1, 2)) > 0 if name in RANKED else np.ones(3, bool)
   np.testing.assert_allclose(np.asarray(metric(a, a))[ranked], same, atol=tolerance)
 
 
@@ -329,6 +429,14 @@ def test_score_is_what_its_parts_say(bench, key):
     for c in (y, target)
   ]
   np.testing.assert_allclose(scores['two_class_l1'], (two[0] + two[1]) / 2, atol=1e-5)
+  more = {
+    'map_topk': topk,
+    'map_kendall': kendall,
+    'map_pearson': pearson,
+    'map_centre': centre_shift,
+  }
+  for field, metric in more.items():
+    np.testing.assert_allclose(scores[field], metric(maps[1], target_map), atol=1e-5)
   discrepancy = metrics.two_class_discrepancy(clf, interpreter, x0, x8, y, target, key)
   np.testing.assert_allclose(discrepancy, scores['two_class_l1'], atol=1e-5)
   assert not np.any(scores['out_of_set'])

@@ -100,6 +100,12 @@ _TABLE = (
     'Structural similarity of the two maps at image size; 1 is identical.',
   ),
   _Column(
+    'map_centre',
+    'centre',
+    _three,
+    'How far apart the centres of mass of the two maps are, as a share of the diagonal.',
+  ),
+  _Column(
     'two_class_l1',
     'two-class L1',
     _three,
@@ -279,7 +285,7 @@ def _table(results: Results) -> str:
     f'<div class="scroll"><table><thead><tr><th></th><th></th>{head}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
     '<p class="note">Map figures are means over the successes, of images nobody attacked '
-    'over all; those over all images are in '
+    'over all; those over all images, medians, and top-k, Kendall’s and Pearson’s figures are in '
     f'<a href="metrics.json">metrics.json</a>.{sound}</p>'
     f'<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>'
   )

@@ -101,7 +101,8 @@ def test_an_older_run_agrees(copy):
   """Without the figures that are counted since, and without digests."""
   result = json.loads((copy / 'metrics.json').read_text())
   for row in result['rows']:
-    for field in [f for f in row if f.endswith('_median') or 'gradient' in f or 'flat' in f]:
+    new = ('_median', 'gradient', 'flat', 'topk', 'kendall', 'pearson', 'centre')
+    for field in [f for f in row if any(part in f for part in new)]:
       del row[field]
   (copy / 'metrics.json').write_text(json.dumps(result))
   assert len(evaluate.rescore(str(copy))) == 2
@@ -183,7 +184,19 @@ def test_a_changed_table_is_noticed(copy, field, change):
 
 
 @pytest.mark.parametrize(
-  'field', ['asr', 'n', 'mc', 'map_spearman', 'map_l2_median', 'linf_max', 'map_mse_all']
+  'field',
+  [
+    'asr',
+    'n',
+    'mc',
+    'map_spearman',
+    'map_l2_median',
+    'linf_max',
+    'map_mse_all',
+    'map_topk',
+    'map_kendall_all',
+    'map_centre',
+  ],
 )
 def test_a_changed_figure_is_noticed(copy, field):
   result = json.loads((copy / 'metrics.json').read_text())
