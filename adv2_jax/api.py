@@ -40,11 +40,13 @@ class History(NamedTuple):
   success: np.ndarray
   gradient: np.ndarray  # the largest |gradient| of each example
   before: Any = None  # bool[B], the clean image is taken for the target; None: not looked at
+  delta: PyTree = None  # what was delivered, before rounding; StAdv: the flow, f32[B,H,W,2]
 
   def of(self, rows: Any) -> 'History':
     """The same of some examples."""
     cut = jax.tree.map(lambda v: v[:, rows], (self.terms, self.success, self.gradient))
-    return History(self.evaluations, self.passes, *cut)
+    delta = jax.tree.map(lambda v: v[rows], self.delta)
+    return History(self.evaluations, self.passes, *cut)._replace(delta=delta)
 
   def gradients(self) -> tuple[np.ndarray, np.ndarray]:
     """(zero whenever it was looked at, not finite at some time), bool[B] each."""
@@ -190,7 +192,7 @@ def attack_batch(
     delta = _result(recipe, stage, fixed, state)
     earlier += attack.evaluations(step)
     passes += attack.passes(step) + attack.result_passes
-  history = History(*jax.tree.map(lambda *v: np.stack(v), *seen))
+  history = History(*jax.tree.map(lambda *v: np.stack(v), *seen))._replace(delta=delta)
   history.passes[-1] = passes
   return _image(recipe, fixed, delta), history
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from adv2_jax.types import Image, InputError, Map
+from adv2_jax.types import Array, Image, InputError, Map
 
 _TIFF_BITS = 258  # the tag of bits per sample
 
@@ -58,6 +58,51 @@ def normalised(x: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
 def upsample(maps: Map, hw: tuple[int, int]) -> Map:
   """Bilinear interpolation with half-pixel centres, f32[B,h,w] to f32[B,H,W]."""
   return jax.image.resize(maps, (maps.shape[0], *hw), 'bilinear', antialias=False)
+
+
+def warp(x: Image, flow: Array) -> Image:
+  """Moves pixels by bilinear sampling: out[i,j] = x[i + u0, j + u1] (Xiao et al. 2018).
+
+  Places outside of the image are those of its border. At whole displacements, 0 among them, the
+  gradient is the difference to the next pixel: there is one to follow from the first step on.
+
+  Args:
+    x: f32[B,H,W,C].
+    flow: f32[B,H,W,2] in pixels; [...,0] along rows, [...,1] along columns.
+
+  Raises:
+    InputError: a flow of another shape.
+  """
+  height, width = x.shape[1:3]
+  if flow.shape != (len(x), height, width, 2):
+    raise InputError(
+      f'flow has shape {tuple(flow.shape)}; expected {(len(x), height, width, 2)}: rows and '
+      'columns of displacement for each pixel of each image'
+    )
+  row = jnp.arange(height, dtype=flow.dtype).reshape(1, -1, 1) + flow[..., 0]
+  column = jnp.arange(width, dtype=flow.dtype).reshape(1, 1, -1) + flow[..., 1]
+  # Indices are clamped, not places: so the part within a cell keeps its derivative everywhere.
+  top, left = jnp.floor(row), jnp.floor(column)
+  down, right = (row - top)[..., None], (column - left)[..., None]
+  rows = [jnp.clip(top + k, 0, height - 1).astype(jnp.int32) for k in (0, 1)]
+  columns = [jnp.clip(left + k, 0, width - 1).astype(jnp.int32) for k in (0, 1)]
+  at = jax.vmap(lambda image, i, j: image[i, j])
+  upper, lower = (at(x, i, columns[0]) * (1 - right) + at(x, i, columns[1]) * right for i in rows)
+  return upper * (1 - down) + lower * down
+
+
+def flow_smoothness(flow: Array) -> Array:
+  """Σ √(Δu² + Δv² + 1e-8) over pixels and their four diagonal neighbours, f32[B]; small is smooth.
+
+  Beyond the border stands the nearest pixel. The published total variation of StAdv.
+  """
+  height, width = flow.shape[1:3]
+  padded = jnp.pad(flow, ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
+  total = jnp.zeros(len(flow), flow.dtype)
+  for i, j in ((0, 0), (0, 2), (2, 0), (2, 2)):
+    step = flow - padded[:, i : i + height, j : j + width]
+    total += jnp.sum(jnp.sqrt(jnp.sum(jnp.square(step), -1) + 1e-8), (1, 2))
+  return total
 
 
 def _crop_box(hw: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:

@@ -64,12 +64,14 @@ class Perturbation(NamedTuple):
     apply: (x0, delta) -> Image, inside [0,1].
     project: (x0, delta) -> delta, the nearest delta that lies in the set.
     penalty: delta -> f32[B], added to the loss (StAdv: flow smoothness, with its weight).
+    price: (x0, x) -> f32[B], added likewise, where the set has no bound (C&W: ‖x − x0‖²).
   """
 
   init: Callable[[Image, Key], PyTree]
   apply: Callable[[Image, PyTree], Image]
   project: Callable[[Image, PyTree], PyTree]
   penalty: Callable[[PyTree], Array]
+  price: Callable[[Image, Image], Array] = lambda x0, x: jnp.zeros(len(x), jnp.float32)
 
 
 class Terms(NamedTuple):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import PARITY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -179,3 +180,65 @@ def test_16_bit_grey_is_scaled_in_every_format():
 def test_a_photograph_with_a_preview_is_one_image():
   pair = _encoded(grey(np.uint8, 200), 'MPO', save_all=True, append_images=[grey(np.uint8, 9)])
   assert (images.read_image(pair) > 190).all()
+
+
+# --- flows ----------------------------------------------------------------------------------------
+
+WARP = jax.jit(images.warp)
+STADV = {k: jnp.asarray(v) for k, v in np.load(PARITY / 'stadv.npz').items()}
+
+
+def test_warp_and_smoothness_agree_with_the_published_ones_and_so_do_their_gradients():
+  warped, pull = jax.vjp(lambda flow: WARP(STADV['image'], flow), STADV['flow'])
+  np.testing.assert_allclose(warped, STADV['warped'], atol=1e-5)
+  np.testing.assert_allclose(pull(STADV['cotangent'])[0], STADV['grad_flow'], rtol=1e-4, atol=1e-4)
+  value, pull = jax.vjp(jax.jit(images.flow_smoothness), STADV['flow'])
+  np.testing.assert_allclose(value, STADV['penalty'], rtol=1e-4)
+  np.testing.assert_allclose(
+    pull(jnp.ones_like(value))[0], STADV['penalty_grad'], rtol=1e-4, atol=1e-4
+  )
+
+
+def test_whole_displacements_fetch_pixels_rows_first_clamped_at_the_border():
+  x = STADV['image']
+  down, left = (jnp.zeros((*x.shape[:3], 2)).at[..., k].set(v) for k, v in ((0, 2), (1, -3)))
+  np.testing.assert_allclose(WARP(x, down), np.asarray(x)[:, np.arange(20).clip(-2, 17) + 2])
+  columns = (np.arange(24) - 3).clip(0)
+  np.testing.assert_allclose(WARP(x, left), np.asarray(x)[:, :, columns])
+
+
+def test_a_flow_at_rest_changes_nothing_and_has_a_gradient():
+  """That of the next pixel; one built on floor and ceil has none."""
+  x, rest = STADV['image'], jnp.zeros((2, 20, 24, 2))
+  warped, pull = jax.vjp(lambda flow: WARP(x, flow), rest)
+  np.testing.assert_array_equal(warped, x)
+  gradient = np.asarray(pull(jnp.ones_like(x))[0])
+  np.testing.assert_allclose(
+    gradient[:, :-1, :, 0], np.diff(np.asarray(x).sum(-1), axis=1), atol=1e-5
+  )
+  np.testing.assert_allclose(
+    gradient[:, :, :-1, 1], np.diff(np.asarray(x).sum(-1), axis=2), atol=1e-5
+  )
+  assert np.isfinite(jax.grad(lambda f: images.flow_smoothness(f).sum())(rest)).all()
+
+
+def test_gradients_of_warp_and_smoothness_are_the_finite_differences():
+  """Away from whole displacements, where bilinear sampling has kinks."""
+  rng = np.random.RandomState(0)
+  flow = np.float32(rng.randint(-3, 3, STADV['flow'].shape) + rng.uniform(0.1, 0.9, (2, 20, 24, 2)))
+  direction = rng.randn(*flow.shape).astype(np.float32)
+  direction /= np.abs(direction).max()
+
+  def f(flow):
+    return jnp.sum(WARP(STADV['image'], flow) * STADV['cotangent']), images.flow_smoothness(flow)[0]
+
+  slope = jax.jvp(f, (flow,), (direction,))[1]
+  h = 1e-2
+  for k, expected in enumerate(slope):
+    found = (f(flow + h * direction)[k] - f(flow - h * direction)[k]) / (2 * h)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_flow_of_another_shape_is_refused():
+  with pytest.raises(InputError, match=r'flow has shape \(2, 20, 24\); expected \(2, 20, 24, 2\)'):
+    images.warp(STADV['image'], jnp.zeros((2, 20, 24)))

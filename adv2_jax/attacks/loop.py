@@ -83,7 +83,7 @@ def adv2(
     interpreter: the interpreter g; `no_map` for an attack on f alone.
     perturbation: the set P(x0).
     tx: the optimiser, vmapped over examples; PGD is `optax.sign_sgd(1/255)`.
-    weight: λ, a number or a function of the step.
+    weight: λ, a number or a function of the step; the same for all, or one per example, [B].
     key: one key; an example's numbers come from it, its `example_id` and the step.
     prediction: l_prd.
     distance: l_int, on maps [B,h,w].
@@ -106,7 +106,7 @@ def adv2(
     logits = clf(x).logits if seen.logits is None else seen.logits
     l_prd = prediction(logits, batch.target)
     l_int = _map_loss(seen, batch, distance)
-    penalty = perturbation.penalty(delta)
+    penalty = perturbation.penalty(delta) + perturbation.price(batch.x, x)
     lam = schedule(state.step) * balance(jax.lax.stop_gradient(l_prd))
     total = l_prd + lam * l_int + seen.extra + penalty
     terms = Terms(total, l_prd, l_int, penalty)

@@ -1,5 +1,6 @@
 """Optax transformations that optax lacks. All are vmapped over examples by the attack loop."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,3 +64,53 @@ def sign_momentum(
     optax.scale_by_sign(),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def normalise_l2() -> optax.GradientTransformation:
+  """g / ‖g‖₂; 0 stays 0."""
+
+  def unit(v: Array) -> Array:
+    largest = jnp.max(jnp.abs(v))
+    v = v / jnp.where(largest > 0, largest, 1)  # or the squares of small values would be 0
+    return v / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(v))), 1)
+
+  return optax.stateless(lambda g, _: jax.tree.map(unit, g))
+
+
+def l2_momentum(
+  learning_rate: optax.ScalarOrSchedule, decay: float = 0.75
+) -> optax.GradientTransformation:
+  """−α_t · v/‖v‖₂, v = Σ_s decay^{t−s} g_s/‖g_s‖₂: every step has the same length, for L2 balls.
+
+  Without momentum (decay 0) the step of L2 PGD (Madry et al. 2018).
+  """
+  return optax.chain(
+    normalise_l2(), optax.trace(decay), normalise_l2(), optax.scale_by_learning_rate(learning_rate)
+  )
+
+
+class RestartState(NamedTuple):
+  """Step count, and the state of the optimiser that is restarted."""
+
+  step: Array
+  inner: PyTree
+
+
+def restarted(tx: optax.GradientTransformation, at: Sequence[int]) -> optax.GradientTransformation:
+  """`tx`, begun anew before each of the steps `at` (from 0): momenta do not outlive a leg."""
+  if not at:
+    return tx
+
+  def init(params: PyTree) -> RestartState:
+    return RestartState(jnp.zeros([], jnp.int32), tx.init(params))
+
+  def update(
+    grads: PyTree, state: RestartState, params: PyTree = None
+  ) -> tuple[PyTree, RestartState]:
+    anew = jnp.any(state.step == jnp.asarray(at, jnp.int32))
+    fresh = tx.init(params)
+    inner = jax.tree.map(lambda a, b: jnp.where(anew, a, b), fresh, state.inner)
+    updates, inner = tx.update(grads, inner, params)
+    return updates, RestartState(state.step + 1, inner)
+
+  return optax.GradientTransformation(init, update)

@@ -52,8 +52,14 @@ def test_sign_momentum_is_the_sign_of_the_decayed_sum_of_scaled_gradients():
 
 @pytest.mark.parametrize(
   'tx',
-  [optimisers.torch_amsgrad(0.1), optimisers.sign_momentum(0.1), optimisers.normalise_l1()],
-  ids=['amsgrad', 'sign_momentum', 'normalise_l1'],
+  [
+    optimisers.torch_amsgrad(0.1),
+    optimisers.sign_momentum(0.1),
+    optimisers.normalise_l1(),
+    optimisers.l2_momentum(0.1),
+    optimisers.restarted(optimisers.torch_amsgrad(0.1), [2]),
+  ],
+  ids=['amsgrad', 'sign_momentum', 'normalise_l1', 'l2_momentum', 'restarted'],
 )
 def test_examples_do_not_see_each_other_under_vmap(tx):
   """Catches a norm or a count that is shared over the batch."""
@@ -69,6 +75,31 @@ def test_examples_do_not_see_each_other_under_vmap(tx):
 
 def test_a_zero_gradient_gives_no_update():
   """0/0 would give NaN: an example whose loss is hinged away has a zero gradient."""
-  for tx in (optimisers.torch_amsgrad(0.1), optimisers.sign_momentum(0.1)):
+  steps = (optimisers.torch_amsgrad, optimisers.sign_momentum, optimisers.l2_momentum)
+  for tx in (make(0.1) for make in steps):
     zero = jnp.zeros((1, 4))
     np.testing.assert_array_equal(positions(tx, jnp.ones(4), zero)[0], np.ones(4))
+
+
+def test_l2_steps_have_the_same_length_and_follow_the_decayed_sum_of_unit_gradients():
+  grads = np.random.RandomState(0).randn(6, 3, 2).astype(np.float32)
+  grads *= np.logspace(-30, 8, 6, dtype=np.float32).reshape(6, 1, 1)  # scale must not matter
+  trace = positions(optimisers.l2_momentum(0.1, 0.5), jnp.zeros((3, 2)), jnp.asarray(grads))
+  momentum, position, expected = 0.0, np.zeros((3, 2)), []
+  for g in grads.astype(np.float64):
+    momentum = 0.5 * momentum + g / np.linalg.norm(g)
+    position = position - 0.1 * momentum / np.linalg.norm(momentum)
+    expected.append(position)
+  np.testing.assert_allclose(trace, expected, atol=1e-6)
+
+
+def test_a_restarted_optimiser_is_a_new_one_after_each_of_its_steps():
+  grads = jnp.asarray(np.random.RandomState(0).randn(7, 4), jnp.float32)
+  make = lambda: optimisers.torch_amsgrad(0.1)  # noqa: E731
+  found = positions(optimisers.restarted(make(), [2, 5]), jnp.zeros(4), grads)
+  at, expected = jnp.zeros(4), []
+  for leg in (grads[:2], grads[2:5], grads[5:]):
+    expected.append(positions(make(), at, leg))
+    at = expected[-1][-1]
+  np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6)
+  assert np.abs(found - positions(make(), jnp.zeros(4), grads)).max() > 0.01
