@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +89,21 @@ def define_evaluate_flags() -> None:
   flags.DEFINE_string('workdir', None, 'The finished run.', required=True)
 
 
+def define_transfer_flags() -> None:
+  """Which run's images are shown to whom."""
+  flags.DEFINE_string('workdir', None, 'The finished run.', required=True)
+  names = ', '.join(interpreters.NAMES)
+  flags.DEFINE_list('interpreters', None, f'Who looks, of {names}; default: those of the run.')
+  flags.DEFINE_string('model', None, "Another classifier that looks; default: the run's.")
+  flags.DEFINE_string('weights', None, 'Its weights, as in experiments.attack.')
+  flags.DEFINE_string('decoder', None, 'Weights of rts; default: those of the run, or the built-in '
+                      'ones of --model.')  # fmt: skip
+  flags.DEFINE_list(
+    'mean', None, "Its channel means; default: the weights' card's, else ImageNet's."
+  )
+  flags.DEFINE_list('std', None, 'Its channel deviations; default likewise.')
+
+
 def define_train_flags() -> None:
   """What is trained, on what, and where it goes."""
   flags.DEFINE_enum('task', 'classifier', ['classifier', 'rts'], 'What to train.')
@@ -157,7 +172,7 @@ def config() -> dict[str, Any]:
   """The command's flags, by name."""
   flags_here = FLAGS.flags_by_module_dict()[__name__]
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
-  if found.get('interpreters', ()) is None:
+  if found.get('interpreters', ()) is None and 'dataset' in found:
     found['interpreters'] = default_interpreters(found)
   if 'resume' in found and not found['workdir']:
     task = f'train-{found["task"]}-{found["model"]}' if 'task' in found else None
@@ -192,13 +207,7 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
   if c['model'] not in nets.ZOO:
     raise InputError(f'--model {c["model"]!r} is unknown; expected one of {", ".join(nets.ZOO)}')
-  if not c['interpreters'] or len(set(c['interpreters'])) < len(c['interpreters']):
-    raise InputError(f'--interpreters is {c["interpreters"]}; expected one or more distinct names')
-  for name in c['interpreters']:
-    if name not in interpreters.NAMES:
-      interpreters.build(name)  # tells which there are
-  if c.get('decoder') is not None and 'rts' not in c['interpreters']:
-    raise InputError(f'--decoder {c["decoder"]}: only rts has one; add it to --interpreters')
+  check_interpreters(c['interpreters'], c.get('decoder'))
   if 'mask' in c['interpreters'] and _mask_is_refused(c):
     raise InputError(
       f'--target_map {c["target_map"]}: for mask, --preset fast can only keep the benign map; take '
@@ -208,6 +217,17 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
     )
+
+
+def check_interpreters(names: Sequence[str], decoder: str | None) -> None:
+  """InputError for names that are none or not distinct, or a decoder without rts."""
+  if not names or len(set(names)) < len(names):
+    raise InputError(f'--interpreters is {names}; expected one or more distinct names')
+  for name in names:
+    if name not in interpreters.NAMES:
+      interpreters.build(name)  # tells which there are
+  if decoder is not None and 'rts' not in names:
+    raise InputError(f'--decoder {decoder}: only rts has one; add it to --interpreters')
 
 
 def start(main: Callable[[dict[str, Any]], Any]) -> None:

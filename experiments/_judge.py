@@ -22,6 +22,7 @@ from experiments import _setup
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score)
 two_class_maps = jax.jit(metrics.two_class_maps)
+predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
 
 
 def commit_of(folder: pathlib.Path) -> str | None:

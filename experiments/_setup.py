@@ -119,16 +119,21 @@ def load(config: dict[str, Any]) -> Setup:
   shape = jax.eval_shape(clf, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)).logits.shape
   card = zoo.read_card(zoo.resolve(config['weights'] or config['model']))
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
-  one = jax.ShapeDtypeStruct((1,), jnp.int32)
-  for interpreter in built.values():  # says what does not fit this model or these images
-    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    jax.eval_shape(interpreter.explain, clf, x, one, jax.random.key(0))
+  check_fit(clf, built, size)
   known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
   target_of = _targets.labels(config['target_label'], config['seed'], dataset, shape[-1], known)
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
   place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
   built = {name: place(interpreter) for name, interpreter in built.items()}
   return Setup(config, place(clf), built, dataset, target_of)
+
+
+def check_fit(clf: Classifier, built: Mapping[str, Interpreter], size: int) -> None:
+  """InputError where an interpreter does not fit this model or images of this size."""
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  one = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for interpreter in built.values():
+    jax.eval_shape(interpreter.explain, clf, x, one, jax.random.key(0))
 
 
 def devices_of(config: dict[str, Any]) -> list[jax.Device]:

@@ -29,6 +29,7 @@ FLAGS_OF = {
   'explain': (_flags.define_data_flags, _flags.define_explain_flags),
   'mask_curves': (_flags.define_data_flags, _flags.define_example_flags),
   'evaluate': (_flags.define_evaluate_flags,),
+  'transfer': (_flags.define_transfer_flags,),
   'train': (_flags.define_train_flags,),
   'bench': (_flags.define_bench_flags,),
 }

@@ -89,7 +89,7 @@ def test_command_lines_are_parsed(line, monkeypatch):
   for define in FLAGS_OF[name]:
     define()
   arguments = [a for a in arguments if a != '--help']
-  if name == 'evaluate' and not arguments:
+  if name in ('evaluate', 'transfer') and not arguments:
     arguments = ['--workdir=w']
   rest = defining.values([name, *arguments])
   assert rest == [name], 'further arguments'

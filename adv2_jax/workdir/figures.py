@@ -278,3 +278,47 @@ def scatter(pairs: Mapping[str, np.ndarray]) -> Figure:
   if not pairs:
     axes[0].set_axis_off()
   return figure
+
+
+class Heat(NamedTuple):
+  """A table of numbers [rows, columns], NaN where there is none; which of them have a frame.
+
+  limits: the numbers where the colour is palest and darkest; None: the largest of them.
+  """
+
+  values: np.ndarray
+  framed: np.ndarray
+  limits: tuple[float | None, float | None]
+
+
+def heat_maps(panels: Mapping[str, Heat], down: Sequence[str], across: Sequence[str]) -> Figure:
+  """Annotated tables side by side, a title above each; dark is where an attack is hidden well."""
+  letters = max(len(line) for name in across for line in name.splitlines())
+  n, wide = len(panels), max(3.6, max(0.85, 0.1 * letters) * len(across))
+  tall = 1.5 + 0.5 * len(down) + 0.15 * max(name.count('\n') for name in across)
+  figure = Figure(figsize=(n * wide + 0.8, tall), dpi=140, layout='constrained')
+  for axis, (title, heat) in zip(
+    figure.subplots(1, n, squeeze=False)[0], panels.items(), strict=True
+  ):
+    top = float(np.nanmax(heat.values, initial=1e-6))
+    low, high = (top if limit is None else limit for limit in heat.limits)
+    depth = np.clip((heat.values - low) / (high - low), 0, 1)
+    axis.imshow(np.ma.masked_invalid(depth), cmap='Blues', vmin=0, vmax=1.15, aspect='auto')
+    for (row, column), value in np.ndenumerate(heat.values):
+      text = '–' if np.isnan(value) else f'{value:.3f}'.removeprefix('0')
+      ink = 'white' if depth[row, column] > 0.6 else INK
+      axis.text(column, row, text, ha='center', va='center', color=ink)
+      if heat.framed[row, column]:
+        corner = (column - 0.46, row - 0.44)
+        axis.add_patch(
+          matplotlib.patches.Rectangle(corner, 0.92, 0.88, fill=False, ec=colour('pgd'), lw=2)
+        )
+    axis.set_xticks(range(len(across)), across)
+    axis.set_yticks(range(len(down)), down if axis.get_subplotspec().is_first_col() else [])
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title)
+    axis.set_xlabel('seen by (framed: attacked)')
+  figure.axes[0].set_ylabel('attacked')
+  return figure

@@ -14,6 +14,8 @@ WRONG = [
   ('attack', ('--preset=quick',), '--preset=quick'),
   ('evaluate', (), '--workdir'),
   ('evaluate', ('--workdir=w',), 'w does not exist'),
+  ('transfer', (), '--workdir'),
+  ('transfer', ('--workdir=w',), 'w does not exist'),
   ('train', ('--batch_size=0',), '--batch_size=0'),
   ('train', ('--mean=0.5',), '--mean is 0.5; expected three numbers from 0 to 1'),
   ('bench', ('--dtype=int8',), '--dtype=int8'),

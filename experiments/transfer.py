@@ -1,0 +1,350 @@
+r"""Shows the images of a run to others: `python -m experiments.transfer --workdir DIR`.
+
+    python -m experiments.transfer --workdir runs/… --interpreters grad,cam,mask,rts
+    python -m experiments.transfer --workdir runs/… --model resnet18 --weights resnet18.npz
+
+Do images that were made to deceive one interpreter deceive one that was not attacked, or another
+classifier? Each interpreter that looks is its own measure: its map of the class the analyst sees,
+on the attacked image, is compared with its map of the true class on the clean image, the benign
+one, whatever map the attack aimed at. The rows of PGD, which attacks no interpreter, are the scale.
+Nothing of the attack is run.
+
+Writes transfer/transfer.json, .csv, .md and .png into the working directory. Rows of earlier calls
+stay, unless the same interpreter and classifier have looked again.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from adv2_jax import images, metrics, validate
+from adv2_jax.classifier import Classifier
+from adv2_jax.interpreters.base import Interpreter
+from adv2_jax.types import InputError
+from adv2_jax.weights import zoo
+from adv2_jax.workdir import figures, store
+from adv2_jax.workdir.results import Results, read_results
+from experiments import _digests, _flags, _judge, _setup
+
+NOBODY = 'none'  # what PGD attacks, of interpreters
+OF_THE_ATTACK = ('zero_gradient', 'nonfinite_gradient')
+SHOWN = {
+  'map_iou': 'Map IoU (higher: better hidden)',
+  'map_l1': 'Map L1 (lower: better hidden)',
+}
+LIMITS = {'map_iou': (0.0, 1.0), 'map_l1': (None, 0.0)}  # where the colour is palest, darkest
+
+
+class Made(NamedTuple):
+  """Images of one attack: whose records tell about them, and the interpreters that it attacked."""
+
+  attack: str
+  interpreter: str
+  attacked: tuple[str, ...]
+
+  def name(self, seen_by: str) -> str:
+    """`attacked` of the row of an interpreter that looks."""
+    if self.attack == 'adv2_joint':
+      return 'joint' if seen_by in self.attacked else f'joint-without-{seen_by}'
+    return self.interpreter if self.attacked else NOBODY
+
+
+class Looking(NamedTuple):
+  """Who looks: the flags as if the run had been made with them, and what they stand for."""
+
+  config: dict[str, Any]
+  clf: Classifier
+  interpreters: dict[str, Interpreter]
+
+
+def classifier_of(config: Mapping[str, Any]) -> tuple[str, str]:
+  """(model, weights), the latter by the model's name where they are its own."""
+  return config['model'], str(config['weights'] or config['model'])
+
+
+def looking(results: Results, flags: Mapping[str, Any]) -> Looking:
+  """Loads who looks; InputError where that cannot be compared with the run."""
+  own, names = dict(results.config), flags['interpreters'] or results.interpreters
+  given = {k: flags[k] for k in ('weights', 'decoder', 'mean', 'std') if flags[k]}
+  if flags['model'] or flags['weights']:
+    unknown = dict.fromkeys(('weights', 'decoder', 'mean', 'std'))
+    config = own | unknown | given | {'model': flags['model'] or own['model']}
+    decoder = config['decoder'] or zoo.built_in_decoder(config['model'], config['weights'])
+    if not flags['interpreters'] and decoder is None:
+      names = [name for name in names if name != 'rts']
+  elif flags['mean'] or flags['std']:
+    raise InputError('--mean and --std are of another classifier: give --model or --weights, too')
+  else:
+    config = own | given
+    store.check_digests(results.path, own, _digests.of_weights(own))
+  _flags.check_interpreters(names, flags['decoder'])
+  config['interpreters'] = names
+  clf, built = _setup.models(config)
+  _setup.check_fit(clf, built, _setup.image_size(own))
+  if classifier_of(config) != classifier_of(own):
+    _check_classes(results, config, clf)
+  return Looking(config, clf, built)
+
+
+def _check_classes(results: Results, config: Mapping[str, Any], clf: Classifier) -> None:
+  """InputError unless the other classifier's classes are those of the run."""
+  own, size = dict(results.config), _setup.image_size(results.config)
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  attacked, _ = _setup.models(own | {'interpreters': []})
+  n, expected = (jax.eval_shape(c, x).logits.shape[-1] for c in (clf, attacked))
+  model, weights = classifier_of(config)
+  remedy = f'give a classifier of the run’s data set, {own["dataset"]}'
+  if n != expected:
+    raise InputError(
+      f'--model {model} with {weights} has {n} classes, the one attacked in {results.path} '
+      f'{expected}; {remedy}'
+    )
+  names = zoo.read_card(zoo.resolve(weights)).get('class_names') or ()
+  known = {int(k): name for k, name in results.class_names.items()}
+  if len(names) == n and known:
+    plain = lambda name: name.lower().partition(',')[0].strip()  # noqa: E731
+    others = [k for k, name in known.items() if plain(names[k]) != plain(name)]
+    if len(others) > len(known) / 2:  # a few may be synonyms
+      k = others[0]
+      raise InputError(
+        f'--model {model} with {weights} knows class {k} as {names[k]!r}, the run in '
+        f'{results.path} as {known[k]!r}; {remedy}'
+      )
+
+
+def made(results: Results) -> list[Made]:
+  """All images that a run's attacks have made, each with the same examples; or InputError."""
+  of = lambda attack: [r['interpreter'] for r in results.rows if r['attack'] == attack and r['n']]  # noqa: E731
+  found = [Made('pgd', name, ()) for name in of('pgd')[:1]]
+  found += [Made('adv2', name, (name,)) for name in of('adv2')]
+  found += [Made('adv2_joint', name, tuple(of('adv2_joint'))) for name in of('adv2_joint')[:1]]
+  if not found:
+    raise InputError(f'{results.path} has no attacked images: its rows are of clean ones alone')
+  for m in found:
+    if _ids(results, m) != _ids(results, found[0]):
+      raise _judge.Disagreement(
+        f'examples.csv has other examples of {m.attack} on {m.interpreter} than of '
+        f'{found[0].attack}; get the run in {results.path} again'
+      )
+  return found
+
+
+def _ids(results: Results, m: Made) -> list[int]:
+  return results.examples[m.attack, m.interpreter]['id'].astype(int).tolist()
+
+
+def rows(
+  results: Results, who: Looking, found: Sequence[Made], bar: tqdm.tqdm
+) -> Iterator[dict[str, Any]]:
+  """One per interpreter that looks, and attack whose images it looks at."""
+  ids = _ids(results, found[0])
+  size = min(len(ids), results.config['batch_size'])
+  model, weights = classifier_of(who.config)
+  for name, interpreter in who.interpreters.items():
+    records: list[list[dict[str, Any]]] = [[] for _ in found]
+    right: list[bool] = []
+    for batch in _judge.batches(ids, size):
+      told, is_right = _judged(results, who.clf, name, interpreter, found, batch, size, bar)
+      right += is_right
+      for one, more in zip(records, told, strict=True):
+        one += more
+    for m, one in zip(found, records, strict=True):
+      told_of = metrics.aggregate(one)
+      yield {
+        'attack': m.attack,
+        'attacked': m.name(name),
+        'seen_by': name,
+        'model': model,
+        'weights': weights,
+        'clean_accuracy': sum(right) / len(right),
+        **{k: v for k, v in told_of.items() if k not in OF_THE_ATTACK},
+      }
+
+
+def _judged(
+  results: Results,
+  clf: Classifier,
+  name: str,
+  interpreter: Interpreter,
+  found: Sequence[Made],
+  ids: list[int],
+  size: int,
+  bar: tqdm.tqdm,
+) -> tuple[list[list[dict[str, Any]]], list[bool]]:
+  """A batch's records, attack by attack; whether its clean images are classified correctly."""
+  padded = np.resize(ids, size).tolist()
+  is_real = np.arange(size) < len(ids)
+  said = [results.example(found[0].attack, found[0].interpreter, i) for i in padded]
+  label, target = (jnp.array([int(s[k]) for s in said]) for k in ('label', 'target'))
+  validate.explicable(label, interpreter, 'label', padded)
+  validate.explicable(target, interpreter, 'target', padded)
+  keys = metrics.judge_keys(results.config['seed'], np.array(padded))
+  clean = _judge.read_images(results, 'benign', name, padded)
+  mask = _judge.read_masks(results, padded, clean.shape[1:3])
+  bar.set_postfix_str(f'{name} looks at clean images')
+  clean_maps = _judge.two_class_maps(clf, interpreter, clean, label, target, keys)
+  right = np.asarray(_judge.predictions(clf, clean) == label)[is_real].tolist()
+  told = []
+  for m in found:
+    bar.set_postfix_str(f'{name} looks at {m.attack}{" on " * bool(m.attacked)}{m.name(name)}')
+    x8 = _judge.read_images(results, m.attack, m.interpreter, padded)
+    scores = _judge.score(
+      clf,
+      clean,
+      x8,
+      target,
+      clean_maps[0],
+      clean_maps,
+      _judge.two_class_maps(clf, interpreter, x8, label, target, keys),
+      epsilon=results.config['epsilon'],
+      attacked=True,
+      mask=mask,
+    )
+    told.append(store.as_records(scores, is_real, id=padded))
+    bar.update(len(ids))
+  return told, right
+
+
+class Matrix(NamedTuple):
+  """A figure of all rows, by what was attacked (down) and who looks (across).
+
+  Attributes:
+    values: f64[rows, columns], NaN where there is none.
+    is_attacked: bool[rows, columns], who looks was attacked.
+    down: what was attacked, for people.
+    across: who looks, for people; of another classifier with its name.
+  """
+
+  values: np.ndarray
+  is_attacked: np.ndarray
+  down: list[str]
+  across: list[str]
+
+
+def matrix(found: Sequence[Mapping[str, Any]], field: str, own: tuple[str, str]) -> Matrix:
+  """A figure of the rows.
+
+  Means over successes on the classifier attacked, `own`; on others, where few succeed, over all.
+  """
+  down = {'pgd': f'{figures.label("pgd")} alone', 'adv2_joint': 'joint'}
+  cells: dict[str, dict[str, tuple[float | None, bool]]] = {}
+  for row in found:
+    classifier = (row['model'], row['weights'])
+    value = row.get(field if classifier == own or field == 'asr' else f'{field}_all')
+    across = row['seen_by']
+    if classifier != own:
+      across += ', ' + ' '.join(dict.fromkeys((row['model'], pathlib.Path(row['weights']).name)))
+    of_attack = cells.setdefault(down.get(row['attack'], row['attacked']), {})
+    of_attack[across] = value, row['attacked'] in (row['seen_by'], 'joint') and classifier == own
+  names = list(dict.fromkeys(name for line in cells.values() for name in line))
+  table = [[line.get(name, (None, False)) for name in names] for line in cells.values()]
+  values = np.array([[math.nan if v is None else v for v, _ in line] for line in table])
+  return Matrix(values, np.array([[a for _, a in line] for line in table]), list(cells), names)
+
+
+def markdown(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> str:
+  """A table for each figure shown; the figures of interpreters that were attacked are bold."""
+  parts = ['Down: what was attacked. Across: who looks, in bold where it was attacked.', '']
+  for field, title in SHOWN.items():
+    m = matrix(found, field, own)
+    parts += [
+      title,
+      '',
+      f'| attacked | {" | ".join(m.across)} |',
+      '|---' * (len(m.across) + 1) + '|',
+    ]
+    for name, values, is_attacked in zip(m.down, m.values, m.is_attacked, strict=True):
+      numbers = ['–' if np.isnan(v) else f'{v:.3f}' for v in values]
+      cells = [f'**{v}**' if a else v for v, a in zip(numbers, is_attacked, strict=True)]
+      parts.append(f'| {name} | {" | ".join(cells)} |')
+    parts.append('')
+  parts.append(
+    'Each interpreter’s map of the class shown, against its own map of the clean image; means over '
+    'successes.'
+  )
+  if any((row['model'], row['weights']) != own for row in found):
+    parts[-1] += ' Of a classifier that was not attacked: over all images.'
+  return '\n'.join(parts) + '\n'
+
+
+def draw(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> bytes:
+  """The same as heat maps, a PNG file."""
+  panels = {}
+  for field, title in SHOWN.items():
+    m = matrix(found, field, own)
+    panels[title] = figures.Heat(m.values, m.is_attacked, LIMITS[field])
+  across = [name.replace(', ', '\n').replace(' ', '\n') for name in m.across]
+  with figures.style():
+    return figures.png(figures.heat_maps(panels, m.down, across))
+
+
+def _csv(found: Sequence[Mapping[str, Any]]) -> bytes:
+  text = io.StringIO()
+  flat = [{k: v for k, v in row.items() if k != 'asr_ci95'} for row in found]
+  for row, line in zip(found, flat, strict=True):
+    line['asr_low'], line['asr_high'] = row['asr_ci95'] or (None, None)
+  writer = csv.DictWriter(text, list(flat[0]), lineterminator='\n', restval='')
+  writer.writeheader()
+  writer.writerows(flat)
+  return text.getvalue().encode()
+
+
+def run(flags: dict[str, Any]) -> pathlib.Path:
+  """The whole command, once the flags are known."""
+  results = read_results(flags['workdir'])
+  found = made(results)
+  who = looking(results, flags)
+  total = len(_ids(results, found[0])) * len(found) * len(who.interpreters)
+  with tqdm.tqdm(total=total, unit='img', mininterval=1, dynamic_ncols=True) as bar:
+    new = list(rows(results, who, found, bar))
+  folder = results.path / 'transfer'
+  digest = hashlib.sha256((results.path / 'examples.csv').read_bytes()).hexdigest()
+  told = [*_earlier(folder / 'transfer.json', digest, new), *new]
+  report = {
+    'config': flags,
+    'environment': _judge.environment(who.config),
+    'run': digest,
+    'compared_with': 'the benign map of the interpreter that looks, on the classifier that looks',
+    'rows': told,
+  }
+  own = classifier_of(results.config)
+  text = markdown(told, own)
+  files = {
+    'png': draw(told, own),
+    'md': text.encode(),
+    'csv': _csv(told),
+    'json': (json.dumps(store.plain(report), indent=1, allow_nan=False) + '\n').encode(),
+  }
+  with store.writing(folder, 'make room, then start it again'):
+    for kind, content in files.items():
+      images.write_atomic(folder / f'transfer.{kind}', content)
+  print(text)
+  print(folder / 'transfer.json')
+  return folder
+
+
+def _earlier(
+  file: pathlib.Path, digest: str, new: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """Rows of earlier calls on the same images, by others than those who look now."""
+  if not file.exists():
+    return []
+  known = store.read_json(file, 'is damaged; remove it')
+  who = lambda row: [row.get(k) for k in ('seen_by', 'model', 'weights')]  # noqa: E731
+  fresh = [who(row) for row in new]
+  return [r for r in known['rows'] if known.get('run') == digest and who(r) not in fresh]
+
+
+if __name__ == '__main__':
+  _flags.define_transfer_flags()
+  _flags.start(run)
