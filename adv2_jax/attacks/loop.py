@@ -19,6 +19,7 @@ optimiser state (optax is vmapped), its own random numbers, and can stop on its 
 functions inside one `jax.jit` with classifier, interpreter, batch and key as arguments.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -203,8 +204,9 @@ def run_chunk(
   attack: Attack, batch: Batch, state: PyTree, n: int | Array
 ) -> tuple[PyTree, Snapshot]:
   """n steps in one loop; returns the state and the last step's snapshot. n may be traced."""
-  blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(attack.step, batch, state)[1])
-  body = lambda _, carry: attack.step(batch, carry[0])  # noqa: E731
+  step = jax.jit(functools.partial(attack.step, batch), inline=True)  # traced once for both
+  blank = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state)[1])
+  body = lambda _, carry: step(carry[0])  # noqa: E731
   return jax.lax.fori_loop(0, n, body, (state, blank))
 
 

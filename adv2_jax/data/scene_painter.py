@@ -11,6 +11,7 @@ Everything is computed in float64 and rounded to 8 bits at the end, so that the 
 platform's sine does not show.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -111,14 +112,13 @@ _DISTANCE = {
 _NO_CLASS = ('bar', 'crescent', 'pebble')
 
 
+@functools.cache
 def _unit_area_and_radius(name: str) -> tuple[float, float]:
   step = 1 / 128
   u, v = np.meshgrid(*[np.arange(-2, 2, step) + step / 2] * 2)
   inside = _DISTANCE[name](u, v) < 0
   return inside.sum() * step**2, np.hypot(u, v)[inside].max()
 
-
-_EXTENT = {name: _unit_area_and_radius(name) for name in _DISTANCE}
 
 # --- textures: share of the second colour in [0,1], with edges one pixel wide
 
@@ -205,7 +205,7 @@ def _paint(
   Returns:
     The exact mask bool[S,S]: pixel centres inside the outline.
   """
-  unit_area, unit_radius = _EXTENT[shape]
+  unit_area, unit_radius = _unit_area_and_radius(shape)
   size = math.sqrt(area)
   scale = size / math.sqrt(unit_area)
   angle = rng.random() * 2 * math.pi
@@ -281,7 +281,7 @@ def render(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
   image = _background(rng)
   _distractors(rng, image, light)
   area = SIZE**2 * math.exp(rng.uniform(*np.log(AREA)))
-  unit_area, unit_radius = _EXTENT[SHAPES[shape]]
+  unit_area, unit_radius = _unit_area_and_radius(SHAPES[shape])
   radius = unit_radius * math.sqrt(area / unit_area) + 1
   centre = rng.uniform(radius, SIZE - radius, 2)
   mask = _paint(rng, image, SHAPES[shape], TEXTURES[texture], area, centre, light)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _DIMS = ('NHWC', 'HWIO', 'NHWC')
+_EPS = 1e-5  # of batch norm
 _MAX_COLUMNS = 2**27  # numbers in the intermediate of a matrix form (512 MB); above, XLA's form
 
 
@@ -63,13 +64,19 @@ class Geometry(NamedTuple):
   window: tuple[int, int]
 
 
+# Tracing both platforms' forms takes Python longer than all the rest of a net: once for each shape.
+_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_traced_once
 def _forward(shape: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
   plain = functools.partial(_plain, shape)
   return lax.platform_dependent(x, k, cpu=functools.partial(_forward_cpu, shape), default=plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_traced_once
 def _by_input(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
   x = jax.ShapeDtypeStruct((g.shape[0], *shape.image, k.shape[2]), g.dtype)
 
@@ -80,6 +87,7 @@ def _by_input(shape: Geometry, g: jax.Array, k: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_traced_once
 def _by_kernel(shape: Geometry, x: jax.Array, g: jax.Array) -> jax.Array:
   k = jax.ShapeDtypeStruct((*shape.window, x.shape[3], g.shape[3]), x.dtype)
 
@@ -253,11 +261,16 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param('kernel', nn.initializers.he_normal(), shape)
-    bias = self.param('bias', nn.initializers.zeros, (self.features,)) if self.use_bias else None
+    kernel = self._stored('kernel', nn.initializers.he_normal(), shape)
+    bias = self._stored('bias', nn.initializers.zeros, shape[3:]) if self.use_bias else None
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     y = conv2d(x, kernel, self.stride, self.padding)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+  def _stored(self, name: str, init: Callable, shape: tuple[int, ...]) -> Any:
+    """`self.param`, which traces `init` each time, where that is needed: made, or refused."""
+    value: Any = self.get_variable('params', name)
+    return value if getattr(value, 'shape', None) == shape else self.param(name, init, shape)
 
 
 class BatchNorm(nn.Module):
@@ -267,6 +280,25 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    if not train and self.has_variable('batch_stats', 'norm') and not self.is_initializing():
+      given: Any = self.get_variable('params', 'norm')
+      seen: Any = self.get_variable('batch_stats', 'norm')
+      if x.shape[-1:] == given['scale'].shape == seen['mean'].shape:  # else: flax's message
+        return _normalised(self.dtype, x, seen['mean'], seen['var'], given['scale'], given['bias'])
     return nn.BatchNorm(
-      use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name='norm'
+      use_running_average=not train, momentum=0.9, epsilon=_EPS, dtype=self.dtype, name='norm'
     )(x)
+
+
+@_traced_once
+def _normalised(
+  dtype: Any, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+  """What `nn.BatchNorm` computes when it is not training, operation by operation."""
+  mean, var = (jnp.expand_dims(v, (0, 1, 2)) for v in (mean, var))
+  y = x - mean
+  mul = lax.rsqrt(var + _EPS)
+  mul *= scale.reshape(1, 1, 1, -1)
+  y *= mul
+  y += bias.reshape(1, 1, 1, -1)
+  return y.astype(nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=dtype))
