@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from adv2_jax import images, losses, metrics, validate
-from adv2_jax.attacks import presets
-from adv2_jax.attacks.loop import run_chunk, success
+from adv2_jax.attacks import goals, presets
+from adv2_jax.attacks.loop import run_chunk
 from adv2_jax.classifier import Classifier, require
 from adv2_jax.interpreters.base import Interpreter, map_jitted
 from adv2_jax.types import (
@@ -41,6 +42,7 @@ class History(NamedTuple):
   gradient: np.ndarray  # the largest |gradient| of each example
   before: Any = None  # bool[B], the clean image is taken for the target; None: not looked at
   delta: PyTree = None  # what was delivered, before rounding; StAdv: the flow, f32[B,H,W,2]
+  target: Any = None  # i32[B], see `AttackResult.target`
 
   def of(self, rows: Any) -> 'History':
     """The same of some examples."""
@@ -99,6 +101,11 @@ class AttackResult(NamedTuple):
   history: History
 
   @property
+  def target(self) -> np.ndarray:
+    """i32[B], the class that was wanted; untargeted: the most probable wrong one of x."""
+    return self.history.target
+
+  @property
   def health(self) -> Health:
     """Examples of which the figures mean nothing."""
     return Health(self.history.before, *self.history.gradients(), metrics.flat(self.maps))
@@ -139,7 +146,8 @@ def _init(recipe: Recipe, stage: int, fixed: _Fixed, delta: PyTree) -> PyTree:
 def _chunk(recipe: Recipe, stage: int, fixed: _Fixed, state: PyTree, n: int) -> tuple:
   attack, _ = _schedule(recipe, fixed)[stage]
   state, snapshot = run_chunk(attack, fixed.batch, state, n)
-  seen = snapshot.terms, success(fixed.batch, snapshot), snapshot.gradient
+  hit = recipe.goal.success(snapshot.logits, fixed.batch.target)
+  seen = snapshot.terms, hit, snapshot.gradient
   return state, (seen, jnp.all(state.done))
 
 
@@ -197,16 +205,22 @@ def attack_batch(
   return _image(recipe, fixed, delta), history
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames='goal')
 def _judge(
-  clf: Classifier, interpreter: Interpreter, batch: Batch, x8: Image, keys: Key
-) -> tuple[Array, Map, Array, Terms]:
+  clf: Classifier,
+  interpreter: Interpreter,
+  batch: Batch,
+  x8: Image,
+  keys: Key,
+  goal: goals.Goal,
+) -> tuple[Array, Map, Array, Terms, Label]:
   logits = clf(x8).logits
-  maps = interpreter.explain(clf, x8, batch.target, keys)
-  l_prd = losses.targeted_xent(logits, batch.target)
+  target = goal.explained(logits, batch.target)
+  maps = interpreter.explain(clf, x8, target, keys)
+  l_prd = losses.targeted_xent(logits, target)
   l_int = losses.map_mse(maps, batch.target_map)
   terms = Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd))
-  return logits, maps, metrics.success(logits, batch.target), terms
+  return logits, maps, metrics.success(logits, target), terms, target
 
 
 _outputs = jax.jit(Classifier.__call__)
@@ -222,14 +236,17 @@ def attack(
   interpreter: Interpreter,
   x: Image,
   *,
-  target: Label,
-  target_map: Map | None = None,
+  target: Label | None = None,
+  target_map: Map | str | None = None,
   label: Label | None = None,
+  goal: str = 'deceive',
   epsilon: float | Array = 0.031,
   preset: str | Recipe = 'fast',
   key: Key | None = None,
   steps: int | None = None,
   pad_to: int | None = None,
+  on_step: Callable[[int, int, np.ndarray], None] | None = None,
+  progress: bool = False,
 ) -> AttackResult:
   """Finds images near x that f takes for `target` and that g explains with `target_map`.
 
@@ -240,10 +257,16 @@ def attack(
     clf: the classifier.
     interpreter: the interpreter to deceive.
     x: f32[B,H,W,C] in [0,1], NHWC.
-    target: i32[B], the class wanted.
+    target: i32[B], the class wanted. None: untargeted, any class but the true one, and the map is
+      that of the class then predicted; with goal 'map_only' the true class.
     target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`. MASK under
-      'fast' keeps the benign one whatever is given, and says so in a warning.
+      'fast' keeps the benign one whatever is given, and says so in a warning. With goal 'map_only'
+      also 'away' (little of the map is to be left where the benign one is strongest, `top_mass`)
+      or 'away_centre' (its centre of mass is to move far, `centre_kept`); figures are then against
+      the benign map.
     label: i32[B], the true class; None: what the classifier predicts for x.
+    goal: 'deceive', class and map; 'map_only', the class stays the true one, and success is that it
+      is predicted; 'class_only', plain PGD on the class.
     epsilon: L∞ radius, 0 < ε ≤ 1, one number or one per image, [B]; the image delivered is rounded
       to 8 bits, and so up to ε + 0.5/255 from an x that lies on that grid, ε + 1/255 from one that
       does not.
@@ -253,6 +276,10 @@ def attack(
     steps: steps on the joint loss; None: the preset's.
     pad_to: fill the batch up to so many rows, which change nothing, so that batches of all sizes up
       to that share one compiled program; None: each size is compiled once.
+    on_step: called as on_step(evaluations, total, success) after every tenth step and the last one
+      of a stage: loss gradients so far, those of the whole attack, and bool[B], which of the images
+      succeed as they are. What it raises ends the attack.
+    progress: show a bar with the success rate.
 
   Raises:
     InputError: for input of wrong shape, range or type; the message says what to do.
@@ -278,46 +305,107 @@ def attack(
   for name, number, least in (('steps', steps, 1), ('pad_to', pad_to, n)):
     if number is not None:
       validate.at_least(number, least, name)
-  recipe: Recipe = (
-    presets.by_name(preset, interpreter.name, steps_s2=steps) if isinstance(preset, str) else preset
-  )
+  recipe = _recipe(preset, goal, interpreter.name, steps, target, target_map)
   # Filled up by the first rows again; all that is jitted below sees one shape.
   rows = np.resize(np.arange(n), pad_to or n)
   x, keys = x[rows], keys[rows]
   # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
   num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
   map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape
-  target = validate.labels(target, n, num_classes, 'target')[rows]
+  if target is not None:
+    target = validate.labels(target, n, num_classes, 'target')[rows]
+    validate.explicable(target, interpreter, 'target')
   label = None if label is None else validate.labels(label, n, num_classes, 'label')[rows]
-  validate.explicable(target, interpreter, 'target')
+  if recipe.goal.untargeted:  # any class may come to be explained
+    validate.explicable(np.arange(num_classes), interpreter, 'target=None, the class predicted')
+  if isinstance(target_map, str):
+    target_map = None
   if target_map is not None:
     target_map = validate.target_map(target_map, (n, *map_shape[1:]))[rows]
   seen = jnp.argmax(_outputs(clf, x).logits, axis=-1).astype(jnp.int32)
   label = seen if label is None else label
-  validate.targets_differ(target, label)
+  if target is None:
+    target = label
+  elif recipe.goal.holds:
+    validate.targets_are_labels(target, label)
+  else:
+    validate.targets_differ(target, label)
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
-  if interpreter.name == 'mask' and preset == 'fast':
-    _warn_of_other_maps(target_map, label, seen)
+  if interpreter.name == 'mask' and preset == 'fast' and goal != 'class_only':
+    _warn_of_other_maps(target_map, label, seen, recipe.goal.away is not None)
   if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   ids = jnp.arange(len(rows), dtype=jnp.int32)
   batch = Batch(ids, x, target, target_map, ids < n)
   if radius.ndim:
     radius = radius[rows]
-  x8, history = attack_batch(recipe, clf, interpreter, batch, radius, key if not key.ndim else keys)
-  delivered = (x8, *_judge(clf, interpreter, batch, x8, keys))
-  x8, logits, maps, hit, terms = jax.tree.map(lambda v: v[:n], delivered)
-  history = history.of(slice(n))._replace(before=np.asarray(seen[:n] == target[:n]))
+  with tqdm.tqdm(disable=not progress, unit='gradient', mininterval=1) as bar:
+
+    def on_chunk(evaluations: int, total: int, hit: np.ndarray) -> None:
+      bar.total = total
+      bar.set_postfix_str(f'success {hit[:n].mean():.2f}', refresh=False)
+      bar.update(evaluations - bar.n)
+      if on_step:
+        on_step(evaluations, total, hit[:n])
+
+    x8, history = attack_batch(
+      recipe,
+      clf,
+      interpreter,
+      batch,
+      radius,
+      key if not key.ndim else keys,
+      on_chunk=on_chunk,
+    )
+  delivered = (x8, *_judge(clf, interpreter, batch, x8, keys, recipe.goal))
+  x8, logits, maps, hit, terms, judged = jax.tree.map(lambda v: v[:n], delivered)
+  before = (seen == target) != recipe.goal.untargeted
+  if recipe.goal.holds:  # that is where it starts
+    before = jnp.zeros_like(before)
+  history = history.of(slice(n))._replace(before=np.asarray(before[:n]), target=np.asarray(judged))
   result = AttackResult(x8, logits, maps, hit, terms, history)
   result.health.warn()
   return result
 
 
-def _warn_of_other_maps(target_map: Map | None, label: Label, seen: Label) -> None:
+def _recipe(
+  preset: str | Recipe,
+  goal: str,
+  name: str,
+  steps: int | None,
+  target: Any,
+  target_map: Any,
+) -> Recipe:
+  """The recipe for what is given to `attack`, or InputError where that does not go together."""
+  wanted = goals.find(goal, target_map, untargeted=target is None)
+  if isinstance(target_map, str) and target_map not in goals.AWAY:
+    raise InputError(
+      f'target_map is {target_map!r}; expected an array [B,h,w], None for the benign map, or '
+      f'{" or ".join(map(repr, goals.AWAY))}'
+    )
+  if wanted.holds and target_map is None:
+    raise InputError(
+      "goal 'map_only' without a target_map; expected maps [B,h,w] to come close to, or 'away' or "
+      "'away_centre' from the benign one"
+    )
+  if isinstance(preset, str):
+    if wanted.name == 'class_only':
+      presets.by_name(preset, name)  # says which presets there are
+      return presets.plain_pgd(preset, steps, wanted)
+    return presets.by_name(preset, name, steps_s2=steps, goal=wanted)
+  if preset.goal != wanted:
+    raise InputError(
+      f'the recipe is for {preset.goal}, and goal, target and target_map ask for {wanted}: build '
+      "it with that goal, such as presets.by_name('fast', 'cam', goal=…)"
+    )
+  return preset
+
+
+def _warn_of_other_maps(target_map: Map | None, label: Label, seen: Label, is_away: bool) -> None:
   """MASK under 'fast' keeps the map of the class predicted for the clean image, and no other."""
   other = np.flatnonzero(np.asarray(seen != label))
-  if target_map is not None:
+  if target_map is not None or is_away:
     warnings.warn(
       "MASK under preset 'fast' keeps the benign map; the target_map given is not aimed at: take "
       "preset 'authors' for that",

@@ -89,7 +89,7 @@ class Batch(NamedTuple):
   Attributes:
     example_id: i32[B], index in the data set; seeds the example's random numbers.
     x: the clean images.
-    target: i32[B], the class the attack wants.
+    target: i32[B], the class the attack wants; untargeted (`attacks.goals`): the one to leave.
     target_map: f32[B,h,w], the map it wants; a mapping by name where `Unrolled.maps` is one.
     is_real: bool[B]; False marks a padding row, which stays as it is and counts nowhere.
   """
@@ -109,6 +109,7 @@ class AttackState(NamedTuple):
   carry: Carry
   done: Array  # bool[B]: held still from here on.
   step: Array  # i32[]
+  explained: Array | None = None  # i32[B], the class to explain next; None: the batch's target
 
 
 class Snapshot(NamedTuple):
@@ -119,6 +120,7 @@ class Snapshot(NamedTuple):
   terms: Terms
   logits: Array
   gradient: Array  # f32[B], the largest |gradient|: 0 moves nothing, NaN ends the example's attack
+  explained: Array | None = None  # i32[B], the class explained; None: the batch's target
 
 
 class Attack(NamedTuple):

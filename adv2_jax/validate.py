@@ -158,6 +158,17 @@ def targets_differ(target: Label, label: Label) -> None:
     )
 
 
+def targets_are_labels(target: Label, label: Label) -> None:
+  """InputError where the target is not the true class, which is to stay."""
+  other = np.asarray(target) != np.asarray(label)
+  if other.any():
+    i = int(np.argmax(other))
+    raise InputError(
+      f'target of image {i} is {int(target[i])}, its class {int(label[i])}: with goal '
+      "'map_only' the class stays what it is, so leave target out"
+    )
+
+
 def explicable(values: Any, interpreter: Any, what: str, ids: Any = None) -> None:
   """InputError where a class is none that the interpreter was trained for; ids name the images."""
   if interpreter.classes is None:

@@ -107,3 +107,54 @@ def test_map_rms_has_a_gradient_at_the_solution():
   m = jnp.ones((1, 2, 2))
   g = jax.grad(lambda a: losses.map_rms(a, m)[0])(m)
   assert np.isfinite(g).all()
+
+
+def test_untargeted_losses_are_between_the_class_and_the_one_that_leads_the_others():
+  """Their log-odds are below 0 exactly where the class is not predicted."""
+  z, y = np.random.RandomState(0).randn(12, 5) * 4, np.arange(12) % 5
+  rows = np.arange(12)
+  second = np.array(
+    [max(set(range(5)) - {k}, key=lambda j: v[j]) for v, k in zip(z, y, strict=True)]
+  )
+  np.testing.assert_array_equal(losses.runner_up(jnp.float32(z), y), second)
+  apart = z[rows, y] - z[rows, second]
+  odds = losses.untargeted(losses.log_odds)(jnp.float32(z), y)
+  np.testing.assert_allclose(odds, apart, rtol=1e-5)
+  np.testing.assert_array_equal(odds < 0, z.argmax(-1) != y)
+  xent = losses.untargeted(losses.targeted_xent)(jnp.float32(z), y)
+  np.testing.assert_allclose(xent, np.logaddexp(0, apart), rtol=1e-5)
+
+
+def test_the_loss_of_the_top_cells():
+  """By hand: of ten cells the two strongest count, the first in case of ties."""
+  benign = np.float32([[[0, 0.9, 0.3, 0.5, 0.1], [0.9, 0.9, 0.2, 0, 0]]])
+  m = np.arange(10, dtype=np.float32).reshape(1, 2, 5)
+  np.testing.assert_allclose(losses.top_mass(m, benign), [(1 + 5) / 45], rtol=1e-6)
+  np.testing.assert_allclose(losses.top_mass(m, benign, k=0.3), [(1 + 5 + 6) / 45], rtol=1e-6)
+  assert losses.top_mass(np.zeros_like(m), benign) == 0
+
+
+def test_the_centre_of_mass():
+  """By hand: three quarters of the mass at one corner, a quarter at the middle of the far side."""
+  m = np.zeros((2, 4, 8), np.float32)
+  m[0, 0, 0], m[0, 3, 4] = 0.6, 0.2
+  centre = np.float64([[0.75 / 8 + 0.25 * 7 / 8, 0.75 / 16 + 0.25 * 9 / 16], [0, 0]])
+  np.testing.assert_allclose(losses.centre_of_mass(m), centre, rtol=1e-6)
+  benign = np.ones((2, 4, 8), np.float32)  # its centre is 0.5, 0.5
+  apart = np.linalg.norm(centre - 0.501, axis=1)
+  np.testing.assert_allclose(losses.centre_kept(m, benign), 1 - apart / 2**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('loss', [losses.top_mass, losses.centre_kept])
+def test_gradients_of_the_losses_that_lead_away(loss):
+  """Finite differences; where an attack starts there is one too, and it lowers the loss."""
+  rng = np.random.RandomState(1)
+  benign, m = np.float32(rng.rand(2, 1, 5, 4))
+  slope = jax.jit(jax.grad(lambda m: loss(m, benign)[0]))
+  direction = np.float32(rng.randn(1, 5, 4))
+  h = 1e-2
+  difference = (loss(m + h * direction, benign) - loss(m - h * direction, benign)) / (2 * h)
+  np.testing.assert_allclose((slope(m) * direction).sum(), difference[0], rtol=0.02)
+  start = slope(benign)
+  assert np.isfinite(start).all()
+  assert loss(benign - 0.02 * np.sign(start), benign) < loss(benign, benign) - 1e-3

@@ -36,6 +36,7 @@ from adv2_jax.types import (
   AttackState,
   Batch,
   Key,
+  Label,
   MapDistance,
   Perturbation,
   PredictionLoss,
@@ -49,6 +50,8 @@ from adv2_jax.types import (
 
 # (batch, snapshot) -> bool[B]: this example needs no further step.
 Stop = Callable[[Batch, Snapshot], Array]
+# (logits f32[B,K], target i32[B]) -> i32[B]: the class to explain.
+Follow = Callable[[Array, Label], Label]
 # (batch, snapshot) -> f32[B]: how bad this iterate is; +inf is worse than anything.
 Score = Callable[[Batch, Snapshot], Array]
 
@@ -75,6 +78,7 @@ def adv2(
   prediction: PredictionLoss = losses.targeted_xent,
   distance: MapDistance = losses.map_mse,
   balance: Callable[[Array], Array] = jnp.ones_like,
+  follow: Follow | None = None,
   stop: Stop = never,
 ) -> Attack:
   """The joint attack on classifier and interpreter, equation (1) of ADV².
@@ -89,6 +93,8 @@ def adv2(
     prediction: l_prd.
     distance: l_int, on maps [B,h,w].
     balance: l_prd [B] -> factor of λ [B], so that λ follows what binds for each example.
+    follow: which class to explain at the next step, where it is not the target: an untargeted
+      attack's is the wrong class that leads. The first one takes a forward pass of its own.
     stop: which examples need no further step; their state is held from there on.
   """
   schedule = weight if callable(weight) else lambda _: weight
@@ -97,13 +103,17 @@ def adv2(
     keys = step_keys(key, batch.example_id, 0)
     if delta is None:
       delta = perturbation.init(batch.x, keys)
-    carry = interpreter.begin(clf, batch.x, batch.target, batch.target_map, keys)
-    return AttackState(delta, jax.vmap(tx.init)(delta), carry, ~batch.is_real, jnp.int32(0))
+    explained = follow and follow(clf(perturbation.apply(batch.x, delta)).logits, batch.target)
+    wanted = batch.target if explained is None else explained
+    carry = interpreter.begin(clf, batch.x, wanted, batch.target_map, keys)
+    opt_state = jax.vmap(tx.init)(delta)
+    return AttackState(delta, opt_state, carry, ~batch.is_real, jnp.int32(0), explained)
 
   def loss(delta: PyTree, batch: Batch, state: AttackState) -> tuple[Array, tuple]:
     x = perturbation.apply(batch.x, delta)
     keys = step_keys(key, batch.example_id, state.step + 1)
-    seen = interpreter.unroll(clf, x, batch.target, state.carry, keys)
+    explained = batch.target if state.explained is None else state.explained
+    seen = interpreter.unroll(clf, x, explained, state.carry, keys)
     logits = clf(x).logits if seen.logits is None else seen.logits
     l_prd = prediction(logits, batch.target)
     l_int = _map_loss(seen, batch, distance)
@@ -115,17 +125,19 @@ def adv2(
 
   def step(batch: Batch, state: AttackState) -> tuple[AttackState, Snapshot]:
     grads, (x, terms, logits, carry) = jax.grad(loss, has_aux=True)(state.delta, batch, state)
-    snapshot = Snapshot(state.step, x, terms, logits, largest(grads))
+    snapshot = Snapshot(state.step, x, terms, logits, largest(grads), state.explained)
     updates, opt_state = jax.vmap(tx.update)(grads, state.opt_state, state.delta)
     delta = perturbation.project(batch.x, optax.apply_updates(state.delta, updates))
     # A NaN would never leave again.
     done = state.done | stop(batch, snapshot) | ~jnp.isfinite(snapshot.gradient)
-    held = (state.delta, state.opt_state, state.carry)
-    delta, opt_state, carry = where(done, held, (delta, opt_state, carry))
-    return AttackState(delta, opt_state, carry, done, state.step + 1), snapshot
+    explained = follow and follow(logits, batch.target)
+    held = (state.delta, state.opt_state, state.carry, state.explained)
+    delta, opt_state, carry, explained = where(done, held, (delta, opt_state, carry, explained))
+    return AttackState(delta, opt_state, carry, done, state.step + 1, explained), snapshot
 
   _, with_gradient, alone = interpreter.passes
-  spent = lambda n: interpreter.begin_passes + n * with_gradient  # noqa: E731
+  first = interpreter.begin_passes + (follow is not None)
+  spent = lambda n: first + n * with_gradient  # noqa: E731
   return Attack(init, step, lambda _, state: state.delta, spent, look_passes=alone)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from adv2_jax import images, losses
+from adv2_jax.attacks.goals import DECEIVE, Goal
 from adv2_jax.attacks.loop import BestState, largest, where
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters import masking
@@ -56,6 +57,7 @@ def adv2_mask(
   halvings: int = 10,
   looks: int = 4,
   renew: int = 50,
+  goal: Goal = DECEIVE,
 ) -> Attack:
   """The alternating attack on classifier and MASK; delivers the best of the renewed solutions.
 
@@ -79,6 +81,7 @@ def adv2_mask(
     halvings: of the bisection.
     looks: iterations of m in 3 and in 4.
     renew: steps between fresh solutions.
+    goal: what it is after; an untargeted attack explains, at each step, the wrong class that leads.
 
   Raises:
     InputError: looks, renew or halvings under 1; at `init`, settings that do not fit the images.
@@ -90,7 +93,7 @@ def adv2_mask(
 
   def margin(x: Image, batch: Batch) -> tuple[Array, Array]:
     logits = clf(x).logits
-    return losses.margin(logits, batch.target), logits
+    return goal.prediction(losses.margin)(logits, batch.target), logits
 
   def iterate(m: MaskState, x: Image, batch: Batch, keys: Key) -> MaskState:
     return masking.solver_step(clf, m, x, batch.target, keys, follow)
@@ -106,7 +109,7 @@ def adv2_mask(
     def one(m: MaskState, i: Array) -> tuple[MaskState, Array]:
       m = m._replace(mask=jax.lax.stop_gradient(m.mask))
       m = iterate(m, x, batch, fold_keys(keys, looks + i))
-      return m, losses.map_sse(1 - m.mask, batch.target_map)
+      return m, goal.distance(losses.map_sse)(1 - m.mask, batch.target_map)
 
     m, distances = jax.lax.scan(one, m, jnp.arange(looks, dtype=jnp.int32))
     return m, distances.mean(0)
@@ -116,11 +119,10 @@ def adv2_mask(
     inner = state.inner
     x = images.quantise(perturbation.apply(batch.x, inner.delta))
     delta = perturbation.project(batch.x, x - batch.x)
-    fresh = masking.solve(
-      clf, x, batch.target, step_keys(key, batch.example_id, inner.step), config
-    )
-    missed, _ = margin(x, batch)
-    distance = losses.map_rms(1 - fresh.mask, batch.target_map)
+    missed, logits = margin(x, batch)
+    target = goal.explained(logits, batch.target)
+    fresh = masking.solve(clf, x, target, step_keys(key, batch.example_id, inner.step), config)
+    distance = goal.distance(losses.map_rms)(1 - fresh.mask, batch.target_map)
     score = jnp.where(missed < 0, distance, 1e6 + missed)
     best = where(score < state.score, (delta, score), (state.delta, state.score))
     inner = _held(inner, inner._replace(delta=delta, carry=_shortened(fresh, follow)))
@@ -147,11 +149,12 @@ def adv2_mask(
     (l_prd, logits), to_class = _with_gradient(lambda v: margin(v, batch), x)
     x = move(x, prediction_step * scale, _unit(to_class))
     # 3. the mask follows
+    shown = batch._replace(target=goal.explained(logits, batch.target))
     m = jax.lax.fori_loop(
-      0, looks, lambda i, m: iterate(m, x, batch, fold_keys(keys, i)), inner.carry
+      0, looks, lambda i, m: iterate(m, x, shown, fold_keys(keys, i)), inner.carry
     )
     # 4. and looks ahead
-    (l_int, m), to_map = _with_gradient(lambda v: look(m, v, batch, keys)[::-1], x)
+    (l_int, m), to_map = _with_gradient(lambda v: look(m, v, shown, keys)[::-1], x)
     # 5. towards the target map, as far as the class allows
     direction = _unit(to_map)
 

@@ -14,7 +14,8 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.attacks import optimisers
-from adv2_jax.attacks.loop import Score, adv2, pgd, staged, track_best
+from adv2_jax.attacks.goals import DECEIVE, Goal
+from adv2_jax.attacks.loop import Follow, Score, adv2, pgd, staged, track_best
 from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.attacks.perturbations import linf_ball
 from adv2_jax.classifier import Classifier
@@ -38,10 +39,12 @@ class Recipe(NamedTuple):
   Attributes:
     perturbation: epsilon -> the set P(x0) that every stage searches.
     schedule: (clf, interpreter, perturbation, key) -> the stages.
+    goal: what it is after.
   """
 
   perturbation: Callable[[float | Array], Perturbation]
   schedule: Callable[[Classifier, Interpreter, Perturbation, Key], Schedule]
+  goal: Goal = DECEIVE
 
 
 AUTHORS_STEP = 1 / 255
@@ -72,44 +75,55 @@ def closest_map(
   max_log_odds: float,
   wanted_log_odds: float = 0.0,
   price: float = 0.0,
+  goal: Goal = DECEIVE,
 ) -> Score:
   """The score of the joint attack: how far the map is, once the target is predicted, [B].
 
   d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
   come after these. d is the attack's own map distance, which should be √mse. Where `unroll` differs
   from `explain` (GRAD, MASK), the map is made afresh on the real net; where it is random, with the
-  step's own random numbers, which no judge uses: an iterate is not kept for its luck with them.
+  step's own random numbers, which no judge uses: an iterate is not kept for its luck with them. An
+  untargeted attack's t is the wrong class that leads, and a map of another one does not count.
   """
 
   def score(batch: Batch, snapshot: Snapshot) -> Array:
+    target = goal.explained(snapshot.logits, batch.target)
+    odds = losses.log_odds(snapshot.logits, target)
+    fits = odds <= max_log_odds
     if interpreter.exact:
       distance = snapshot.terms.interpretation
+      fits &= snapshot.explained is None or snapshot.explained == target
     else:
       keys = step_keys(key, batch.example_id, snapshot.step)
-      maps = interpreter.explain(clf, snapshot.x, batch.target, keys)
-      distance = losses.map_rms(maps, batch.target_map)
-    odds = losses.log_odds(snapshot.logits, batch.target)
+      maps = interpreter.explain(clf, snapshot.x, target, keys)
+      distance = goal.distance(losses.map_rms)(maps, batch.target_map)
     cost = distance + price * jax.nn.relu(odds - wanted_log_odds)
-    return jnp.where(odds <= max_log_odds, cost, 1e6 + odds)
+    return jnp.where(fits, cost, 1e6 + odds)
 
   return score
 
 
 @functools.lru_cache
-def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+def authors(
+  name: str, steps_s1: int | None = None, steps_s2: int | None = None, goal: Goal = DECEIVE
+) -> Recipe:
   """The published schedule for an interpreter of that name: warm start, then the joint loss.
 
   Sign steps of 1/255. CAM, RTS: λ from 5 to 10 on the mean of squares, the last iterate. GRAD: four
   legs of rising λ on the sum of squares, label-smoothed target, and per example the best iterate,
   tested each 10th step on the real net, with p_t > 0.8. MASK: `adv2_mask`. Other interpreters use
-  CAM's schedule. `steps_s2` shortens or stretches all legs alike.
+  CAM's schedule. `steps_s2` shortens or stretches all legs alike. Where the class is to stay what
+  it is, there is no warm start, unless `steps_s1` asks for one.
   """
+  if goal.holds and steps_s1 is None:
+    steps_s1 = 0
   if name == 'mask':
     warm, total = AUTHORS_MASK
     return _authors_mask(
-      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2
+      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2, goal
     )
   warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
+  smoothed = losses.smoothed_xent(0.95) if name == 'grad' else losses.targeted_xent
   warm = warm if steps_s1 is None else steps_s1
   total = sum(n for n, *_ in legs) if steps_s2 is None else steps_s2
   stretch = total / sum(n for n, *_ in legs)
@@ -127,34 +141,45 @@ def authors(name: str, steps_s1: int | None = None, steps_s2: int | None = None)
       tx,
       weight=optax.join_schedules(ramps, ends[:-1]),
       key=key,
-      prediction=losses.smoothed_xent(0.95) if name == 'grad' else losses.targeted_xent,
-      distance=distance,
+      prediction=goal.prediction(smoothed),
+      distance=goal.distance(distance),
+      follow=_follow(goal),
     )
     if name == 'grad':
       log_odds_at_08 = -1.3863  # log(0.2/0.8)
-      score = closest_map(clf, interpreter, key, max_log_odds=log_odds_at_08)
+      score = closest_map(clf, interpreter, key, max_log_odds=log_odds_at_08, goal=goal)
       joint = track_best(joint, score, every=10, passes=interpreter.passes[0])
-    return staged((pgd(clf, perturbation, tx, key=key), warm), (joint, total))
+    prediction = goal.prediction(losses.targeted_xent)
+    return staged(
+      (pgd(clf, perturbation, tx, key=key, prediction=prediction), warm), (joint, total)
+    )
 
-  return Recipe(linf_ball, schedule)
+  return Recipe(linf_ball, schedule, goal)
 
 
-def _authors_mask(warm: int, total: int) -> Recipe:
+def _follow(goal: Goal) -> Follow | None:
+  return goal.explained if goal.untargeted else None
+
+
+def _authors_mask(warm: int, total: int, goal: Goal) -> Recipe:
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
     if not isinstance(interpreter.settings, MaskConfig):
       raise InputError("preset 'authors' for MASK needs an interpreter from interpreters.mask(…)")
     tx = optax.sign_sgd(AUTHORS_STEP)
-    first = pgd(clf, perturbation, tx, key=key, prediction=losses.margin)
-    turns = adv2_mask(clf, interpreter.settings, perturbation, key=key, halve_at=round(0.9 * total))
+    first = pgd(clf, perturbation, tx, key=key, prediction=goal.prediction(losses.margin))
+    halve_at = round(0.9 * total)
+    turns = adv2_mask(
+      clf, interpreter.settings, perturbation, key=key, halve_at=halve_at, goal=goal
+    )
     return staged((first, warm), (turns, total))
 
-  return Recipe(linf_ball, schedule)
+  return Recipe(linf_ball, schedule, goal)
 
 
 @functools.lru_cache
-def plain_pgd(preset: str, steps: int | None = None) -> Recipe:
+def plain_pgd(preset: str, steps: int | None = None, goal: Goal = DECEIVE) -> Recipe:
   """The baseline that attacks the classifier alone; delivers the iterate of lowest cross-entropy.
 
   authors: 1200 sign steps of 1/255. fast: 50 steps as those of `fast`.
@@ -166,9 +191,11 @@ def plain_pgd(preset: str, steps: int | None = None) -> Recipe:
   ) -> Schedule:
     del interpreter
     tx = optax.sign_sgd(AUTHORS_STEP) if preset == 'authors' else _decaying_steps(n)
-    return staged((track_best(pgd(clf, perturbation, tx, key=key), lowest_loss), n))
+    prediction = goal.prediction(losses.targeted_xent)
+    attack = pgd(clf, perturbation, tx, key=key, prediction=prediction)
+    return staged((track_best(attack, lowest_loss), n))
 
-  return Recipe(linf_ball, schedule)
+  return Recipe(linf_ball, schedule, goal)
 
 
 def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformation:
@@ -176,7 +203,9 @@ def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformat
 
 
 @functools.lru_cache
-def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) -> Recipe:
+def fast(
+  name: str, steps_s1: int | None = None, steps_s2: int | None = None, goal: Goal = DECEIVE
+) -> Recipe:
   """Ours: sign momentum with cosine-decayed steps; what it keeps is chosen as it will be judged.
 
   Both losses pull from the first step on. What binds differs between examples, so each has its own
@@ -194,7 +223,9 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
     # Interpreters without settings of their own: as GRAD where the map must be made afresh.
     settings = FAST.get(name, FAST['cam' if interpreter.exact else 'grad'])
     n = settings.steps if steps_s2 is None else steps_s2
-    warm = pgd(clf, perturbation, optax.sign_sgd(AUTHORS_STEP), key=key)
+    tx = optax.sign_sgd(AUTHORS_STEP)
+    to_class = goal.prediction(losses.targeted_xent)
+    warm = pgd(clf, perturbation, tx, key=key, prediction=to_class)
     attack = adv2(
       clf,
       interpreter,
@@ -202,18 +233,21 @@ def fast(name: str, steps_s1: int | None = None, steps_s2: int | None = None) ->
       _decaying_steps(n, settings.first_step),
       weight=settings.weight,
       key=key,
-      prediction=losses.hinged(losses.log_odds, -4.0),
+      prediction=goal.prediction(losses.hinged(losses.log_odds, -4.0)),
       balance=lambda l_prd: jnp.exp(-l_prd),
-      distance=losses.map_rms,
+      distance=goal.distance(losses.map_rms),
+      follow=_follow(goal),
     )
-    score = closest_map(clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02)
+    score = closest_map(
+      clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02, goal=goal
+    )
     passes = 0 if interpreter.exact else interpreter.passes[0]
     rare = interpreter.random and not interpreter.exact
     every = settings.every * (2 if rare else 1)
     best = track_best(attack, score, every=every, passes=passes)
     return staged((warm, steps_s1 or 0), (best, n))
 
-  return Recipe(functools.partial(linf_ball, levels=255), schedule)
+  return Recipe(functools.partial(linf_ball, levels=255), schedule, goal)
 
 
 class Fast(NamedTuple):
@@ -241,14 +275,19 @@ FAST = {
 
 
 def by_name(
-  preset: str, name: str, steps_s1: int | None = None, steps_s2: int | None = None
+  preset: str,
+  name: str,
+  steps_s1: int | None = None,
+  steps_s2: int | None = None,
+  *,
+  goal: Goal = DECEIVE,
 ) -> Recipe:
   """The recipe of that preset ('fast' or 'authors') for an interpreter's name."""
   for flag, value in (('steps_s1', steps_s1), ('steps_s2', steps_s2)):
     if value is not None and value < (0 if flag == 'steps_s1' else 1):
       raise InputError(f'{flag} is {value}; expected a positive number of steps')
   if preset == 'authors':
-    return authors(name, steps_s1, steps_s2)
+    return authors(name, steps_s1, steps_s2, goal)
   if preset == 'fast':
-    return fast(name, steps_s1, steps_s2)
+    return fast(name, steps_s1, steps_s2, goal)
   raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")
