@@ -71,7 +71,7 @@ def test_untargeted_success_is_any_other_class():
   np.testing.assert_array_equal(result.target, seen)
   np.testing.assert_allclose(result.maps, EXPLAIN(CLF, result.x, seen, KEY), atol=1e-5)
   before = EXPLAIN(CLF, X, losses.runner_up(LOGITS, LABEL), KEY)
-  assert (l1(result.maps, BENIGN) < 0.5 * l1(before, BENIGN)).all()
+  assert (l1(result.maps, BENIGN) < 0.9 * l1(before, BENIGN)).all()
   p = jax.nn.softmax(result.logits)[jnp.arange(3), seen]
   np.testing.assert_allclose(jnp.exp(-result.terms.prediction), p, rtol=1e-4)
   # A look at the class that leads, 30 steps and a last look.
@@ -131,7 +131,7 @@ def test_an_untargeted_step_explains_the_class_that_led_at_the_one_before():
   def snapshots(clf, batch):
     attack = joint(
       clf, interpreter, adv2.perturbations.linf_ball(0.5), adv2.optimisers.sign_momentum(0.05),
-      weight=0.0, key=KEY, prediction=goal.prediction(losses.targeted_xent), follow=goal.explained,
+      weight=0.0, key=KEY, prediction=lambda z, y: -losses.log_odds(z, y), follow=goal.explained,
       distance=lambda m, _: jnp.argmax(m[:, 0], -1).astype(jnp.float32),
     )  # fmt: skip
     (seen,) = run(((attack, 8),), batch, every=1)[1]
