@@ -253,9 +253,9 @@ def matrix(found: Sequence[Mapping[str, Any]], field: str, own: tuple[str, str])
 
 
 def markdown(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> str:
-  """A table for each figure shown; the figures of interpreters that were attacked are bold."""
+  """A table for each figure shown, in bold where who looks was attacked; at last the success."""
   parts = ['Down: what was attacked. Across: who looks, in bold where it was attacked.', '']
-  for field, title in SHOWN.items():
+  for field, title in (SHOWN | {'asr': 'Success rate on the classifier that looks'}).items():
     m = matrix(found, field, own)
     parts += [
       title,

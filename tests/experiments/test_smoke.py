@@ -42,6 +42,7 @@ def test_every_command_works(name, victim, tmp_path, pictures):
   cases = [
     ('attack', flags(attack)),
     ('evaluate', ['--workdir=a']),
+    ('transfer', ['--workdir=a']),
     ('explain', flags(explain | {'interpreters': 'cam', 'num_examples': 3, 'workdir': 'e'})),
     ('train', flags(train | {'workdir': 't'})),
   ]
@@ -63,7 +64,9 @@ def test_every_command_works(name, victim, tmp_path, pictures):
   assert (tmp_path / 't/scene_resnet.safetensors').exists()
   if name in PLAIN:
     found = cli.contents(tmp_path, 'a/examples', 'a/maps', 'a/figures', 'a/examples.csv')
-    found |= cli.contents(tmp_path, 'e/figures')
+    found |= cli.contents(
+      tmp_path, 'e/figures', 'a/transfer/transfer.md', 'a/transfer/transfer.png'
+    )
     assert sum(file.endswith('.png') for file in found) > 10
     assert found == (pictures or found)
     pictures.update(found)
