@@ -283,7 +283,7 @@ def scatter(pairs: Mapping[str, np.ndarray]) -> Figure:
 class Heat(NamedTuple):
   """A table of numbers [rows, columns], NaN where there is none; which of them have a frame.
 
-  limits: the numbers where the colour is palest and darkest; None: the largest of them.
+  limits: the numbers where the colour is palest and darkest; None: the largest of each column.
   """
 
   values: np.ndarray
@@ -300,7 +300,7 @@ def heat_maps(panels: Mapping[str, Heat], down: Sequence[str], across: Sequence[
   for axis, (title, heat) in zip(
     figure.subplots(1, n, squeeze=False)[0], panels.items(), strict=True
   ):
-    top = float(np.nanmax(heat.values, initial=1e-6))
+    top = np.nan_to_num(heat.values).max(0) + 1e-6
     low, high = (top if limit is None else limit for limit in heat.limits)
     depth = np.clip((heat.values - low) / (high - low), 0, 1)
     axis.imshow(np.ma.masked_invalid(depth), cmap='Blues', vmin=0, vmax=1.15, aspect='auto')
