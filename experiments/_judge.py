@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adv2_jax import images, metrics
+from adv2_jax import images, losses, metrics
 from adv2_jax.types import Array, InputError
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results
@@ -23,6 +23,7 @@ NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score)
 two_class_maps = jax.jit(metrics.two_class_maps)
 predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
+runners_up = jax.jit(lambda clf, x, y: losses.runner_up(clf(x).logits, y))
 
 
 def commit_of(folder: pathlib.Path) -> str | None:

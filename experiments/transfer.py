@@ -184,20 +184,28 @@ def _judged(
   """A batch's records, attack by attack; whether its clean images are classified correctly."""
   padded = np.resize(ids, size).tolist()
   is_real = np.arange(size) < len(ids)
-  said = [results.example(found[0].attack, found[0].interpreter, i) for i in padded]
-  label, target = (jnp.array([int(s[k]) for s in said]) for k in ('label', 'target'))
+  column = lambda m, field: jnp.array(  # noqa: E731
+    [int(results.example(m.attack, m.interpreter, i)[field]) for i in padded]
+  )
+  label = column(found[0], 'label')
   validate.explicable(label, interpreter, 'label', padded)
-  validate.explicable(target, interpreter, 'target', padded)
   keys = metrics.judge_keys(results.config['seed'], np.array(padded))
   clean = _judge.read_images(results, 'benign', name, padded)
   mask = _judge.read_masks(results, padded, clean.shape[1:3])
-  bar.set_postfix_str(f'{name} looks at clean images')
-  clean_maps = _judge.two_class_maps(clf, interpreter, clean, label, target, keys)
   right = np.asarray(_judge.predictions(clf, clean) == label)[is_real].tolist()
-  told = []
+  told, before = [], None
   for m in found:
-    bar.set_postfix_str(f'{name} looks at {m.attack}{" on " * bool(m.attacked)}{m.name(name)}')
     x8 = _judge.read_images(results, m.attack, m.interpreter, padded)
+    if results.config.get('target_label') == 'untargeted':
+      target = _judge.runners_up(clf, x8, label)  # any wrong class counts
+    else:
+      target = column(m, 'target')
+    if before is None or (target != before).any():
+      bar.set_postfix_str(f'{name} looks at clean images')
+      validate.explicable(target, interpreter, 'target', padded)
+      clean_maps = _judge.two_class_maps(clf, interpreter, clean, label, target, keys)
+      before = target
+    bar.set_postfix_str(f'{name} looks at {m.attack}{" on " * bool(m.attacked)}{m.name(name)}')
     scores = _judge.score(
       clf,
       clean,

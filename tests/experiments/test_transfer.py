@@ -170,6 +170,24 @@ def test_images_of_the_joint_attack(copy, tmp_path):
   assert '| joint | ' in (path / 'transfer/transfer.md').read_text()
 
 
+def test_untargeted_images_succeed_in_any_wrong_class(copy, other, tmp_path):
+  """On another classifier too, which takes them for what it likes."""
+  path = shutil.copytree(copy, tmp_path / 'run', ignore=shutil.ignore_patterns('transfer'))
+  result = json.loads((path / 'metrics.json').read_text())
+  config = result['config'] | {'target_label': 'untargeted'}
+  (path / 'metrics.json').write_text(json.dumps(result | {'config': config}))
+  weights = other()
+  call(path, weights=weights, interpreters=['cam'])
+  results, clf = read_results(path), zoo.load_classifier('scene_resnet', weights)
+  ids = results.ids('cam')
+  label = [results.example('pgd', 'cam', i)['label'] for i in ids]
+  for row, (attack, name) in zip(
+    rows_in(path).values(), (('pgd', 'cam'), ('adv2', 'grad'), ('adv2', 'cam')), strict=True
+  ):
+    predicted = _judge.predictions(clf, _judge.read_images(results, attack, name, ids))
+    assert row['asr'] == np.mean(np.asarray(predicted) != label) > 0
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
