@@ -65,6 +65,7 @@ class Perturbation(NamedTuple):
     project: (x0, delta) -> delta, the nearest delta that lies in the set.
     penalty: delta -> f32[B], added to the loss (StAdv: flow smoothness, with its weight).
     price: (x0, x) -> f32[B], added likewise, where the set has no bound (C&W: ‖x − x0‖²).
+    invert: (x0, x) -> delta of an image near x0, for sets of differences x − x0.
   """
 
   init: Callable[[Image, Key], PyTree]
@@ -72,6 +73,7 @@ class Perturbation(NamedTuple):
   project: Callable[[Image, PyTree], PyTree]
   penalty: Callable[[PyTree], Array]
   price: Callable[[Image, Image], Array] = lambda x0, x: jnp.zeros(len(x), jnp.float32)
+  invert: Callable[[Image, Image], PyTree] = lambda x0, x: x - x0
 
 
 class Terms(NamedTuple):

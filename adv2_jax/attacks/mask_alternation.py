@@ -14,6 +14,7 @@ takes another, cheaper way to the same end; `presets` has both.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from adv2_jax.attacks.goals import DECEIVE, Goal
 from adv2_jax.attacks.loop import BestState, largest, where
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters import masking
+from adv2_jax.interpreters.base import Interpreter, one_per_setting
 from adv2_jax.interpreters.masking import MaskConfig, MaskState
 from adv2_jax.types import (
   Array,
@@ -33,10 +35,13 @@ from adv2_jax.types import (
   Image,
   InputError,
   Key,
+  Label,
+  Map,
   Perturbation,
   PyTree,
   Snapshot,
   Terms,
+  Unrolled,
   fold_keys,
   step_keys,
 )
@@ -72,7 +77,7 @@ def adv2_mask(
   Args:
     clf: the classifier f.
     config: of the solver that will judge.
-    perturbation: an additive set, x = x0 + delta.
+    perturbation: a set of differences x − x0, as `Perturbation.invert` takes them.
     key: one key; an example's numbers come from it, its `example_id` and the step.
     kappa: what the margin max_{j≠t} z_j − z_t must stay below, negated.
     prediction_step: a, the L2 length at 224 px; below that scaled by √(HWC/150528).
@@ -95,30 +100,16 @@ def adv2_mask(
     logits = clf(x).logits
     return goal.prediction(losses.margin)(logits, batch.target), logits
 
-  def iterate(m: MaskState, x: Image, batch: Batch, keys: Key) -> MaskState:
-    return masking.solver_step(clf, m, x, batch.target, keys, follow)
-
   def look(m: MaskState, x: Image, batch: Batch, keys: Key) -> tuple[MaskState, Array]:
-    """`looks` iterations that l_int can be differentiated through, and the distance of each [B].
-
-    m is cut between them, its moments are not: each mask depends on x through its own iteration's
-    gradient, and through those that the moments remember.
-    """
-
-    @jax.checkpoint  # or each iteration's activations of the whole net would be kept
-    def one(m: MaskState, i: Array) -> tuple[MaskState, Array]:
-      m = m._replace(mask=jax.lax.stop_gradient(m.mask))
-      m = iterate(m, x, batch, fold_keys(keys, looks + i))
-      return m, goal.distance(losses.map_sse)(1 - m.mask, batch.target_map)
-
-    m, distances = jax.lax.scan(one, m, jnp.arange(looks, dtype=jnp.int32))
-    return m, distances.mean(0)
+    m, maps = looked_ahead(clf, m, x, batch.target, keys, follow, looks)
+    apart = jax.vmap(goal.distance(losses.map_sse), (0, None))(maps, batch.target_map)
+    return m, apart.mean(0)
 
   def solved(state: BestState, batch: Batch) -> BestState:
     """Takes x to 8 bits and m to its solution, and keeps x if that is the best so far."""
     inner = state.inner
     x = images.quantise(perturbation.apply(batch.x, inner.delta))
-    delta = perturbation.project(batch.x, x - batch.x)
+    delta = perturbation.project(batch.x, perturbation.invert(batch.x, x))
     missed, logits = margin(x, batch)
     target = goal.explained(logits, batch.target)
     fresh = masking.solve(clf, x, target, step_keys(key, batch.example_id, inner.step), config)
@@ -143,16 +134,15 @@ def adv2_mask(
 
     def move(x: Image, length: float | Array, direction: Array) -> Image:
       length = jnp.broadcast_to(length, len(x)).reshape(-1, 1, 1, 1)
-      return perturbation.apply(x0, perturbation.project(x0, x - length * direction - x0))
+      delta = perturbation.invert(x0, x - length * direction)
+      return perturbation.apply(x0, perturbation.project(x0, delta))
 
     # 2. towards the target class
     (l_prd, logits), to_class = _with_gradient(lambda v: margin(v, batch), x)
     x = move(x, prediction_step * scale, _unit(to_class))
     # 3. the mask follows
     shown = batch._replace(target=goal.explained(logits, batch.target))
-    m = jax.lax.fori_loop(
-      0, looks, lambda i, m: iterate(m, x, shown, fold_keys(keys, i)), inner.carry
-    )
+    m = followed(clf, inner.carry, x, shown.target, keys, follow, looks)
     # 4. and looks ahead
     (l_int, m), to_map = _with_gradient(lambda v: look(m, v, shown, keys)[::-1], x)
     # 5. towards the target map, as far as the class allows
@@ -168,7 +158,7 @@ def adv2_mask(
     terms = Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd))
     snapshot = Snapshot(inner.step, start, terms, logits, largest((to_class, to_map)))
     done = inner.done | ~jnp.isfinite(snapshot.gradient)
-    moved = AttackState(x - x0, (), m, done, inner.step + 1)
+    moved = AttackState(perturbation.invert(x0, x), (), m, done, inner.step + 1)
     return state._replace(inner=_held(inner, moved)), snapshot
 
   def init(batch: Batch, delta: PyTree | None = None) -> BestState:
@@ -188,6 +178,87 @@ def adv2_mask(
   spent = lambda n: n * each + -(-n // renew) * renewal  # noqa: E731
   evaluations = lambda n: 2 * n  # margin and l_int  # noqa: E731
   return Attack(init, step, result, spent, renewal, evaluations=evaluations)
+
+
+def followed(
+  clf: Classifier, m: MaskState, x: Image, y: Label, keys: Key, config: MaskConfig, n: int
+) -> MaskState:
+  """The running mask after n iterations of the solver on x."""
+  step = lambda i, m: masking.solver_step(clf, m, x, y, fold_keys(keys, i), config)  # noqa: E731
+  return jax.lax.fori_loop(0, n, step, m)
+
+
+def looked_ahead(
+  clf: Classifier, m: MaskState, x: Image, y: Label, keys: Key, config: MaskConfig, n: int
+) -> tuple[MaskState, Map]:
+  """The next n iterations, that a loss can be differentiated through, and their maps [n,B,h,w].
+
+  m is cut between them, its moments are not: each mask depends on x through its own iteration's
+  gradient, and through those that the moments remember.
+  """
+
+  @jax.checkpoint  # or each iteration's activations of the whole net would be kept
+  def one(m: MaskState, i: Array) -> tuple[MaskState, Map]:
+    m = m._replace(mask=jax.lax.stop_gradient(m.mask))
+    m = masking.solver_step(clf, m, x, y, fold_keys(keys, n + i), config)
+    return m, 1 - m.mask
+
+  return jax.lax.scan(one, m, jnp.arange(n, dtype=jnp.int32))
+
+
+class Running(NamedTuple):
+  """The mask that follows the image, and the steps since the start, i32[B]."""
+
+  mask: MaskState
+  step: Array
+
+
+@one_per_setting
+def tracked(config: MaskConfig, *, looks: int = 4, renew: int = 50) -> Interpreter:
+  """MASK for attacks on all losses at once: the maps of 4 above, of a running mask as in 1 and 3.
+
+  What `adv2_mask` does in turns, where moves of the image itself are not what the set is made of
+  (StAdv: a flow). `explain` is the solver's own.
+  """
+  follow = config._replace(decay=False)
+
+  def explain(params: PyTree, clf: Classifier, x: Image, y: Label, keys: Key) -> Map:
+    del params
+    return 1 - masking.solve(clf, x, y, keys, config).mask
+
+  def begin(params, clf, x, y, target_map, keys) -> Running:
+    del params, clf, y, target_map, keys
+    masking.check_fits(config, *x.shape[1:3])
+    return Running(masking.start(follow, x), jnp.zeros(len(x), jnp.int32))
+
+  def unroll(
+    params: PyTree, clf: Classifier, x: Image, y: Label, carry: Running, keys: Key
+  ) -> Unrolled:
+    del params
+    still = jax.lax.stop_gradient(x)
+
+    def solved() -> MaskState:
+      return _shortened(masking.solve(clf, images.quantise(still), y, keys, config), follow)
+
+    m = jax.lax.cond(jnp.max(carry.step) % renew == 0, solved, lambda: carry.mask)
+    keys = fold_keys(keys, config.steps)  # beyond those that a solution draws its jitter from
+    m = followed(clf, m, still, y, keys, follow, looks)
+    m, maps = looked_ahead(clf, m, x, y, keys, follow, looks)
+    carry = Running(jax.lax.stop_gradient(m), carry.step + 1)
+    return Unrolled(maps, carry, jnp.zeros(len(x), jnp.float32))
+
+  renewal = 2 * config.steps // renew  # on the average
+  return Interpreter(
+    (),
+    explain,
+    unroll,
+    begin,
+    name='mask',
+    passes=(2 * config.steps, 2 + 2 * looks + 6 * looks + renewal, 1 + 4 * looks + renewal),
+    exact=False,
+    random=config.jitter > 1,
+    settings=config,
+  )
 
 
 def _held(old: AttackState, new: AttackState) -> AttackState:

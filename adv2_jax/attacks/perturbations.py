@@ -87,6 +87,7 @@ def in_radii(ball: Perturbation, epsilon: float | Array) -> Perturbation:
     lambda x0, delta: ball.project(x0, epsilon * delta) / epsilon,
     lambda delta: ball.penalty(epsilon * delta),
     ball.price,
+    lambda x0, x: ball.invert(x0, x) / epsilon,
   )
 
 

@@ -5,7 +5,7 @@ settings give the same recipe, and no second trace.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from adv2_jax.attacks import optimisers
 from adv2_jax.attacks.goals import DECEIVE, Goal
 from adv2_jax.attacks.loop import Follow, Score, adv2, pgd, staged, track_best
 from adv2_jax.attacks.mask_alternation import adv2_mask
-from adv2_jax.attacks.perturbations import linf_ball
+from adv2_jax.attacks.perturbations import in_radii, l2_ball, linf_ball
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.interpreters.masking import MaskConfig
@@ -46,6 +46,40 @@ class Recipe(NamedTuple):
   schedule: Callable[[Classifier, Interpreter, Perturbation, Key], Schedule]
   goal: Goal = DECEIVE
 
+
+class Space(NamedTuple):
+  """Where an attack moves, and by which steps; `LINF` is the one of the papers, see `L2`, `stadv`.
+
+  Attributes:
+    perturbation: (epsilon, levels) -> the set P(x0).
+    step: length -> steps of that length along the gradient alone.
+    decaying: (n, first) -> n steps with momentum, the first of that length, the last of none.
+    settings: (an interpreter's name, whether it is exact) -> those of `fast`.
+    plain_step: the first step of plain `fast`.
+  """
+
+  perturbation: Callable[..., Perturbation]
+  step: Callable[[float], optax.GradientTransformation]
+  decaying: Callable[[int, float], optax.GradientTransformation]
+  settings: Callable[[str, bool], 'Fast'] = lambda name, is_exact: _usual(name, is_exact)
+  plain_step: float = 4 / 255
+
+
+def _decay(first: float, n: int) -> optax.Schedule:
+  return optax.cosine_decay_schedule(first, n, exponent=2)
+
+
+LINF = Space(
+  linf_ball,
+  optax.sign_sgd,
+  lambda n, first: optimisers.sign_momentum(_decay(first, n), 0.6),
+)
+# A step is the same share of ε there as in the published L∞ ball of .031.
+L2 = Space(
+  lambda epsilon, levels=None: in_radii(l2_ball(epsilon, levels=levels), epsilon),
+  lambda length: optimisers.l2_momentum(length / 0.031, 0.0),
+  lambda n, first: optimisers.l2_momentum(_decay(first / 0.031, n), 0.6),
+)
 
 AUTHORS_STEP = 1 / 255
 AUTHORS_MASK = (400, 1000)  # steps on the margin, and of the alternation
@@ -105,7 +139,11 @@ def closest_map(
 
 @functools.lru_cache
 def authors(
-  name: str, steps_s1: int | None = None, steps_s2: int | None = None, goal: Goal = DECEIVE
+  name: str,
+  steps_s1: int | None = None,
+  steps_s2: int | None = None,
+  goal: Goal = DECEIVE,
+  space: Space = LINF,
 ) -> Recipe:
   """The published schedule for an interpreter of that name: warm start, then the joint loss.
 
@@ -120,26 +158,24 @@ def authors(
   if name == 'mask':
     warm, total = AUTHORS_MASK
     return _authors_mask(
-      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2, goal
+      warm if steps_s1 is None else steps_s1, total if steps_s2 is None else steps_s2, goal, space
     )
   warm, legs, distance = AUTHORS.get(name, AUTHORS['cam'])
   smoothed = losses.smoothed_xent(0.95) if name == 'grad' else losses.targeted_xent
   warm = warm if steps_s1 is None else steps_s1
   total = sum(n for n, *_ in legs) if steps_s2 is None else steps_s2
-  stretch = total / sum(n for n, *_ in legs)
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
-    tx = optax.sign_sgd(AUTHORS_STEP)
-    ends = [round(stretch * sum(n for n, *_ in legs[: i + 1])) for i in range(len(legs))]
-    ramps = [optax.linear_schedule(a, b, max(1, round(stretch * n) - 1)) for n, a, b in legs]
+    tx = space.step(AUTHORS_STEP)
+    ends, ramps = stretched(legs, total)
     joint = adv2(
       clf,
       interpreter,
       perturbation,
       tx,
-      weight=optax.join_schedules(ramps, ends[:-1]),
+      weight=optax.join_schedules(ramps, ends),
       key=key,
       prediction=goal.prediction(smoothed),
       distance=goal.distance(distance),
@@ -154,20 +190,30 @@ def authors(
       (pgd(clf, perturbation, tx, key=key, prediction=prediction), warm), (joint, total)
     )
 
-  return Recipe(linf_ball, schedule, goal)
+  return Recipe(space.perturbation, schedule, goal)
+
+
+def stretched(
+  legs: Sequence[tuple[int, float, float]], total: int
+) -> tuple[list[int], list[optax.Schedule]]:
+  """Where legs of (steps, λ at their start, λ at their end) end but the last, and λ in each."""
+  stretch = total / sum(n for n, *_ in legs)
+  ends = [round(stretch * sum(n for n, *_ in legs[: i + 1])) for i in range(len(legs) - 1)]
+  ramps = [optax.linear_schedule(a, b, max(1, round(stretch * n) - 1)) for n, a, b in legs]
+  return ends, ramps
 
 
 def _follow(goal: Goal) -> Follow | None:
   return goal.explained if goal.untargeted else None
 
 
-def _authors_mask(warm: int, total: int, goal: Goal) -> Recipe:
+def _authors_mask(warm: int, total: int, goal: Goal, space: Space) -> Recipe:
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
     if not isinstance(interpreter.settings, MaskConfig):
       raise InputError("preset 'authors' for MASK needs an interpreter from interpreters.mask(…)")
-    tx = optax.sign_sgd(AUTHORS_STEP)
+    tx = space.step(AUTHORS_STEP)
     first = pgd(clf, perturbation, tx, key=key, prediction=goal.prediction(losses.margin))
     halve_at = round(0.9 * total)
     turns = adv2_mask(
@@ -175,11 +221,13 @@ def _authors_mask(warm: int, total: int, goal: Goal) -> Recipe:
     )
     return staged((first, warm), (turns, total))
 
-  return Recipe(linf_ball, schedule, goal)
+  return Recipe(space.perturbation, schedule, goal)
 
 
 @functools.lru_cache
-def plain_pgd(preset: str, steps: int | None = None, goal: Goal = DECEIVE) -> Recipe:
+def plain_pgd(
+  preset: str, steps: int | None = None, goal: Goal = DECEIVE, space: Space = LINF
+) -> Recipe:
   """The baseline that attacks the classifier alone; delivers the iterate of lowest cross-entropy.
 
   authors: 1200 sign steps of 1/255. fast: 50 steps as those of `fast`.
@@ -190,21 +238,21 @@ def plain_pgd(preset: str, steps: int | None = None, goal: Goal = DECEIVE) -> Re
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
     del interpreter
-    tx = optax.sign_sgd(AUTHORS_STEP) if preset == 'authors' else _decaying_steps(n)
+    tx = space.step(AUTHORS_STEP) if preset == 'authors' else space.decaying(n, space.plain_step)
     prediction = goal.prediction(losses.targeted_xent)
     attack = pgd(clf, perturbation, tx, key=key, prediction=prediction)
     return staged((track_best(attack, lowest_loss), n))
 
-  return Recipe(linf_ball, schedule, goal)
-
-
-def _decaying_steps(n: int, first: float = 4 / 255) -> optax.GradientTransformation:
-  return optimisers.sign_momentum(optax.cosine_decay_schedule(first, n, exponent=2), 0.6)
+  return Recipe(space.perturbation, schedule, goal)
 
 
 @functools.lru_cache
 def fast(
-  name: str, steps_s1: int | None = None, steps_s2: int | None = None, goal: Goal = DECEIVE
+  name: str,
+  steps_s1: int | None = None,
+  steps_s2: int | None = None,
+  goal: Goal = DECEIVE,
+  space: Space = LINF,
 ) -> Recipe:
   """Ours: sign momentum with cosine-decayed steps; what it keeps is chosen as it will be judged.
 
@@ -220,17 +268,16 @@ def fast(
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
-    # Interpreters without settings of their own: as GRAD where the map must be made afresh.
-    settings = FAST.get(name, FAST['cam' if interpreter.exact else 'grad'])
+    settings = space.settings(name, interpreter.exact)
     n = settings.steps if steps_s2 is None else steps_s2
-    tx = optax.sign_sgd(AUTHORS_STEP)
+    tx = space.step(AUTHORS_STEP)
     to_class = goal.prediction(losses.targeted_xent)
     warm = pgd(clf, perturbation, tx, key=key, prediction=to_class)
     attack = adv2(
       clf,
       interpreter,
       perturbation,
-      _decaying_steps(n, settings.first_step),
+      space.decaying(n, settings.first_step),
       weight=settings.weight,
       key=key,
       prediction=goal.prediction(losses.hinged(losses.log_odds, -4.0)),
@@ -247,7 +294,7 @@ def fast(
     best = track_best(attack, score, every=every, passes=passes)
     return staged((warm, steps_s1 or 0), (best, n))
 
-  return Recipe(functools.partial(linf_ball, levels=255), schedule, goal)
+  return Recipe(functools.partial(space.perturbation, levels=255), schedule, goal)
 
 
 class Fast(NamedTuple):
@@ -267,11 +314,20 @@ class Fast(NamedTuple):
   every: int = 1
 
 
+def settings_in(table: Mapping[str, Fast], name: str, is_exact: bool) -> Fast:
+  """Those of an interpreter; without its own, as GRAD where the map must be made afresh."""
+  return table.get(name, table['cam' if is_exact else 'grad'])
+
+
 FAST = {
   'cam': Fast(100, 300.0),
   'grad': Fast(100, 100.0, first_step=3 / 255, every=5),
   'mask': Fast(100, 30.0, every=10),
 }
+
+
+def _usual(name: str, is_exact: bool) -> Fast:
+  return settings_in(FAST, name, is_exact)
 
 
 def by_name(
