@@ -15,7 +15,7 @@ from adv2_jax import (
   nets,
 )
 from adv2_jax.api import AttackResult, attack, attack_batch
-from adv2_jax.attacks import optimisers, perturbations, presets
+from adv2_jax.attacks import frameworks, optimisers, perturbations, presets
 from adv2_jax.attacks.loop import adv2, pgd, run, run_chunk, staged, track_best
 from adv2_jax.attacks.mask_alternation import adv2_mask
 from adv2_jax.classifier import Classifier, check_classifier, from_fn, from_linen, from_nnx
@@ -56,6 +56,7 @@ __all__ = [
   'attack_batch',
   'check_classifier',
   'data',
+  'frameworks',
   'from_fn',
   'from_linen',
   'from_nnx',

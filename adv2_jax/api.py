@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from adv2_jax import images, losses, metrics, validate
-from adv2_jax.attacks import goals, presets
+from adv2_jax.attacks import frameworks, goals, presets
 from adv2_jax.attacks.loop import run_chunk
 from adv2_jax.classifier import Classifier, require
 from adv2_jax.interpreters.base import Interpreter, map_jitted
@@ -240,7 +240,9 @@ def attack(
   target_map: Map | str | None = None,
   label: Label | None = None,
   goal: str = 'deceive',
-  epsilon: float | Array = 0.031,
+  framework: str = 'pgd',
+  norm: str = 'linf',
+  epsilon: float | Array | None = None,
   preset: str | Recipe = 'fast',
   key: Key | None = None,
   steps: int | None = None,
@@ -267,10 +269,16 @@ def attack(
     label: i32[B], the true class; None: what the classifier predicts for x.
     goal: 'deceive', class and map; 'map_only', the class stays the true one, and success is that it
       is predicted; 'class_only', plain PGD on the class.
-    epsilon: L∞ radius, 0 < ε ≤ 1, one number or one per image, [B]; the image delivered is rounded
-      to 8 bits, and so up to ε + 0.5/255 from an x that lies on that grid, ε + 1/255 from one that
-      does not.
-    preset: 'fast', 'authors', or a `presets.Recipe`.
+    framework: 'pgd'; 'stadv', pixels move (`history.delta` is the flow, f32[B,H,W,2] in pixels,
+      before rounding); or 'cw', the closest image in L2 that succeeds and whose map lies near the
+      target map. `frameworks.by_name` makes recipes of other weights and confidence.
+    norm: of epsilon: 'linf' or, with 'pgd', 'l2', over all values of the image.
+    epsilon: radius, one number or one per image, [B]; only 'pgd' has one. L∞: 0 < ε ≤ 1, None:
+      0.031; the image delivered is rounded to 8 bits, and so up to ε + 0.5/255 from an x that lies
+      on that grid, ε + 1/255 from one that does not. L2: to be given; rounding adds up to
+      0.5/255·√(HWC).
+    preset: 'fast', 'authors', or a `presets.Recipe`, which has its own framework and norm: say the
+      same ones.
     key: random key, one, or one per image, [B], so that an image's numbers do not depend on its
       place; None: `jax.random.key(0)`.
     steps: steps on the joint loss; None: the preset's.
@@ -297,7 +305,9 @@ def attack(
     )
   x = validate.images(x)
   n = len(x)
-  radius = validate.epsilon(epsilon, n)
+  frameworks.check(framework, norm, has_epsilon=epsilon is not None)
+  most = 1.0 if norm == 'linf' else float(np.sqrt(x[0].size))
+  radius = validate.epsilon(frameworks.EPSILON if epsilon is None else epsilon, n, most)
   key = jax.random.key(0) if key is None else key
   keys = example_keys(key, n)
   if steps is not None and not isinstance(preset, str):
@@ -305,7 +315,8 @@ def attack(
   for name, number, least in (('steps', steps, 1), ('pad_to', pad_to, n)):
     if number is not None:
       validate.at_least(number, least, name)
-  recipe = _recipe(preset, goal, interpreter.name, steps, target, target_map)
+  given = {'framework': framework, 'norm': norm}
+  recipe = _recipe(preset, goal, interpreter.name, steps, target, target_map, given)
   # Filled up by the first rows again; all that is jitted below sees one shape.
   rows = np.resize(np.arange(n), pad_to or n)
   x, keys = x[rows], keys[rows]
@@ -376,6 +387,7 @@ def _recipe(
   steps: int | None,
   target: Any,
   target_map: Any,
+  framework: Mapping[str, Any],
 ) -> Recipe:
   """The recipe for what is given to `attack`, or InputError where that does not go together."""
   wanted = goals.find(goal, target_map, untargeted=target is None)
@@ -391,9 +403,8 @@ def _recipe(
     )
   if isinstance(preset, str):
     if wanted.name == 'class_only':
-      presets.by_name(preset, name)  # says which presets there are
-      return presets.plain_pgd(preset, steps, wanted)
-    return presets.by_name(preset, name, steps_s2=steps, goal=wanted)
+      return frameworks.plain(preset, steps, goal=wanted, **framework)
+    return frameworks.by_name(preset, name, steps_s2=steps, goal=wanted, **framework)
   if preset.goal != wanted:
     raise InputError(
       f'the recipe is for {preset.goal}, and goal, target and target_map ask for {wanted}: build '

@@ -108,8 +108,8 @@ def at_least(value: Any, least: int, what: str) -> None:
     raise InputError(f'{what} is {value!r}; expected a whole number, {least} or more')
 
 
-def epsilon(value: Any, n: int) -> Array:
-  """ε as f32[] or, where each image has its own, f32[n]; or InputError."""
+def epsilon(value: Any, n: int, most: float = 1.0) -> Array:
+  """ε as f32[] or, where each image has its own, f32[n], at most `most`; or InputError."""
   try:
     radius = np.asarray(value, np.float32)
     if isinstance(value, str) or radius.shape not in ((), (n,)):
@@ -120,12 +120,11 @@ def epsilon(value: Any, n: int) -> Array:
     raise InputError(
       f'epsilon is {given}; expected a number such as 8 / 255, or one per image, [{n}]'
     ) from None
-  if not ((radius > 0) & (radius <= 1)).all():
-    wrong = radius[~((radius > 0) & (radius <= 1))].flat[0]
-    raise InputError(
-      f'epsilon is {value if radius.ndim == 0 else wrong}; expected 0 < epsilon ≤ 1, such as 0.031 '
-      '(8/255)'
-    )
+  fits = (radius > 0) & (radius <= most)
+  if not fits.all():
+    wrong = value if radius.ndim == 0 else radius[~fits].flat[0]
+    such = '1, such as 0.031 (8/255)' if most == 1 else f'{most:.3g}, the L2 norm of such an image'
+    raise InputError(f'epsilon is {wrong}; expected 0 < epsilon ≤ {such}')
   return jnp.asarray(radius)
 
 

@@ -1,6 +1,6 @@
 """C&W recipes: the closest image in L2 (Carlini & Wagner 2017), with the map inside the loss.
 
-    min_w  ‖x − x0‖₂² + c · (m + e⁻ᵐ · λ · max(0, d − .9 ρ)),   x = (tanh w + 1)/2
+    min_w  ‖x − x0‖₂² + c · (m + λ · max(0, d − .9 ρ)),   x = (tanh w + 1)/2
 
 m = max(margin, −κ) + κ, and d is the distance to the target map. The constant c is searched for
 each example by halving, in rounds: an image counts as found once it is a success with confidence κ
@@ -62,10 +62,10 @@ AUTHORS = Search(9, 1000, 1e-3, 0.01)  # Carlini & Wagner's; nobody published on
 FAST = Search(6, 50, 1.0, 0.05, decay=True)
 # ρ (√mse), λ, and how often an inexact map is made afresh; chosen on scenes.
 MAPS = {
-  'cam': (0.1, 10.0, 1),
-  'rts': (0.05, 10.0, 1),
-  'grad': (0.08, 10.0, 5),
-  'mask': (0.15, 1.0, 10),
+  'cam': (0.2, 10.0, 1),
+  'rts': (0.1, 10.0, 1),
+  'grad': (0.12, 10.0, 5),
+  'mask': (0.2, 0.3, 10),
 }
 
 
@@ -131,7 +131,7 @@ def searched(
     del batch
     return merged(state)[0]
 
-  whole = best_of(jnp.ones(1))
+  whole = best_of(jnp.ones(1, jnp.float32))
   return Attack(init, step, result, whole.passes, 0, whole.look_passes)
 
 
@@ -209,7 +209,6 @@ def _recipe(
         priced,
         optax.adam(rate),
         weight=weight,
-        balance=lambda l_prd: jnp.exp(-l_prd),  # the class first
         key=key,
         prediction=goal.prediction(losses.hinged(losses.margin, -kappa)),
         distance=lambda m, t: jax.nn.relu(losses.map_rms(m, t) - FREE * rho),

@@ -156,7 +156,7 @@ def _adam(n: int, first: float) -> optax.GradientTransformation:
 
 FAST = {
   'cam': Fast(100, 30.0, first_step=0.2),
-  'grad': Fast(100, 30.0, first_step=0.2, every=5),
+  'grad': Fast(200, 100.0, first_step=0.1, every=5),
   'mask': Fast(100, 30.0, first_step=0.2, every=10),
 }
 

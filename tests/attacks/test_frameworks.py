@@ -244,6 +244,16 @@ def test_a_closer_map_is_asked_for_by_within():
   assert metrics.l2(b, X).mean() > metrics.l2(a, X).mean()
 
 
+@pytest.mark.parametrize('framework', ['stadv', 'cw'])
+def test_the_one_call_gives_the_same(framework):
+  given = {'target': TARGET, 'target_map': BENIGN, 'key': KEY, 'steps': STEPS[framework]}
+  result = api.attack(CLF, CAM, X, framework=framework, **given)
+  x8, history = made(framework)[1]
+  np.testing.assert_array_equal(result.x, x8)
+  np.testing.assert_array_equal(result.history.delta, history.delta)
+  assert result.success.all()
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 
