@@ -53,6 +53,7 @@ MAP_FIELDS = (
 _AGGREGATED = (
   *MAP_FIELDS,
   *('success', 'confidence', 'linf', 'l2', 'out_of_set'),
+  *('flow_smoothness', 'flow_max'),
   *('nonfinite', 'zero_gradient', 'nonfinite_gradient', 'flat_map'),
 )
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -406,8 +407,12 @@ def l2(x8: Image, x0: Image) -> Array:
   return jnp.sqrt(jnp.square(x8 - x0).sum((1, 2, 3)))
 
 
-def out_of_set(x8: Image, x0: Image, epsilon: float | Array) -> Array:
+def out_of_set(
+  x8: Image, x0: Image, epsilon: float | Array, l2_radius: float | Array = math.inf
+) -> Array:
   """bool[B]: any |x8 − x0| above ε + 0.5/255 (rounding to 8 bits), or a pixel outside [0,1].
+
+  With an `l2_radius` also: ‖x8 − x0‖₂ above that + 0.5/255·√(HWC), which rounding may add.
 
   A pixel that is not a number is outside. 1e-6 is allowed for float32. ε is one number, or one per
   example, [B]; frameworks without an L∞ bound give inf.
@@ -415,7 +420,9 @@ def out_of_set(x8: Image, x0: Image, epsilon: float | Array) -> Array:
   _check_pair(x8, x0, 'images', 4)
   allowed = jnp.reshape(jnp.float32(epsilon), (-1, 1, 1, 1)) + 0.5 / 255 + 1e-6
   near = jnp.abs(x8 - x0) <= allowed
-  return ~(near & (x8 >= 0) & (x8 <= 1)).all((1, 2, 3))
+  rounding = 0.5 / 255 * math.sqrt(x0[0].size) + 1e-4
+  far = l2(x8, x0) > jnp.float32(l2_radius) + rounding
+  return far | ~(near & (x8 >= 0) & (x8 <= 1)).all((1, 2, 3))
 
 
 # Everything at once.
@@ -440,6 +447,7 @@ def score(
   maps: Array,
   *,
   epsilon: float | Array,
+  l2_radius: float | Array = math.inf,
   attacked: bool | Array = True,
   mask: Array | None = None,
 ) -> dict[str, Array]:
@@ -453,7 +461,8 @@ def score(
     target_map: the map the analyst is to see.
     clean_maps: `two_class_maps` of x0.
     maps: the same of x8, with the same labels.
-    epsilon: L∞ bound of the perturbation set.
+    epsilon: L∞ bound of the perturbation set; inf where it has none.
+    l2_radius: its L2 bound.
     attacked: whether the analyst sees the target explained, and not the true class, as for an image
       that was not attacked. Success and confidence are always of the target. May be traced.
     mask: bool[B,H,W], the true object, for the localisation fields.
@@ -486,7 +495,7 @@ def score(
     'two_class_l1': _mean_l1(clean_maps, maps),
     'linf': linf(x8, x0),
     'l2': l2(x8, x0),
-    'out_of_set': out_of_set(x8, x0, epsilon),
+    'out_of_set': out_of_set(x8, x0, epsilon, l2_radius),
     'flat_map': flat(fresh),
     'nonfinite': nonfinite,
   }
@@ -537,10 +546,10 @@ def aggregate(rows: Iterable[Mapping[str, Any]], attacked: bool = True) -> dict[
   Returns:
     n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes); the map fields as means over
     successes, `…_median` likewise (not of the yes and no of the pointing game), `…_all` as means
-    over all; linf_max, l2_mean; out_of_set, nonfinite, zero_gradient, nonfinite_gradient and
-    flat_maps as counts. A figure with no example to go by (no success; no mask; a perturbation norm
-    where none is defined; a gradient that nobody took) is None. Examples that are not finite count
-    as failures and are left out of the means.
+    over all; linf_max, l2_mean; flow_smoothness (mean) and flow_max; out_of_set, nonfinite,
+    zero_gradient, nonfinite_gradient and flat_maps as counts. A figure with no example to go by (no
+    success; no mask; a perturbation norm where none is defined; a gradient that nobody took; no
+    flow) is None. Examples that are not finite count as failures and are left out of the means.
   """
   columns = {field: array.array('d') for field in _AGGREGATED}
   for row in rows:
@@ -579,6 +588,8 @@ def aggregate(rows: Iterable[Mapping[str, Any]], attacked: bool = True) -> dict[
     **{f'{field}_all': mean(finite, field) for field in MAP_FIELDS},
     'linf_max': max(values(finite, 'linf').tolist(), default=None),
     'l2_mean': mean(finite, 'l2'),
+    'flow_smoothness': mean(everything, 'flow_smoothness'),
+    'flow_max': max(values(everything, 'flow_max').tolist(), default=None),
     'out_of_set': count('out_of_set'),
     'nonfinite': count('nonfinite'),
     'zero_gradient': count('zero_gradient'),

@@ -10,6 +10,7 @@ import jax
 from absl import app, flags
 
 from adv2_jax import data, interpreters, nets, validate
+from adv2_jax.attacks import frameworks
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
@@ -74,11 +75,14 @@ def define_explain_flags() -> None:
 def define_attack_flags() -> None:
   """What is attacked, and how."""
   define_explain_flags()
-  flags.DEFINE_enum('framework', 'pgd', ['pgd'], 'Perturbation set and optimiser.')
+  flags.DEFINE_enum('framework', 'pgd', frameworks.NAMES, 'Perturbation set and optimiser.')
+  flags.DEFINE_enum('norm', 'linf', frameworks.NORMS, 'Of --epsilon; l2: pgd alone.')
+  flags.DEFINE_float('tau', None, "stadv: weight of the flow's roughness; default: the preset's.")
+  flags.DEFINE_float('kappa', None, 'cw: confidence, in logits; default: 0.')
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
   flags.DEFINE_string('target_label', 'random', 'random (another class; with rts, another of those '
                       'that its decoder knows), least_likely, a class, or FILE.csv.')  # fmt: skip
-  flags.DEFINE_float('epsilon', 0.031, 'L∞ radius, in units of the image range.')
+  flags.DEFINE_float('epsilon', 0.031, 'Radius, in units of the image range; pgd alone.')
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
@@ -174,6 +178,10 @@ def config() -> dict[str, Any]:
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
   if found.get('interpreters', ()) is None and 'dataset' in found:
     found['interpreters'] = default_interpreters(found)
+  if 'framework' in found and not FLAGS['epsilon'].present:
+    # Flows and C&W have no radius, and that of L2 depends on the images.
+    is_usual = (found['framework'], found['norm']) == ('pgd', 'linf')
+    found['epsilon'] = frameworks.EPSILON if is_usual else None
   if 'resume' in found and not found['workdir']:
     task = f'train-{found["task"]}-{found["model"]}' if 'task' in found else None
     found['workdir'] = f'runs/{task}' if task else str(store.default_workdir(found))
@@ -193,7 +201,15 @@ def _mask_is_refused(c: Mapping[str, Any]) -> bool:
 
 def check(c: dict[str, Any]) -> None:
   """InputError for a number out of range or an unknown name, before anything is loaded."""
-  if not 0 < c.get('epsilon', 1) <= 1:
+  is_given = c.get('epsilon') is not None
+  frameworks.check(
+    c.get('framework', 'pgd'),
+    c.get('norm', 'linf'),
+    tau=c.get('tau'),
+    kappa=c.get('kappa'),
+    has_epsilon=is_given,
+  )
+  if is_given and not 0 < c['epsilon'] <= (math.inf if c.get('norm') == 'l2' else 1):
     raise InputError(f'--epsilon is {c["epsilon"]}; expected 0 < epsilon ≤ 1, such as 0.031')
   for low, names in (
     (1, ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices')),

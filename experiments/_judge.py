@@ -4,9 +4,10 @@ The jitted judges, the table, what ran it, and what a finished run left, in batc
 """
 
 import contextlib
+import math
 import pathlib
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from adv2_jax import images, losses, metrics
+from adv2_jax.attacks import frameworks
 from adv2_jax.types import Array, InputError
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results
 from experiments import _setup
 
+
+def bounds(config: Mapping[str, Any]) -> dict[str, float]:
+  """How far the images of a run may be from the clean ones, for `metrics.score`."""
+  if not frameworks.has_radius(config.get('framework', 'pgd')):
+    return {'epsilon': math.inf, 'l2_radius': math.inf}
+  if config.get('norm') == 'l2':
+    return {'epsilon': math.inf, 'l2_radius': config['epsilon']}
+  return {'epsilon': config['epsilon'], 'l2_radius': math.inf}
+
+
+def flow_figures(flow: Any) -> dict[str, np.ndarray]:
+  """Of flows f32[B,H,W,2]: roughness, and the largest displacement in pixels."""
+  smoothness, flow = _smoothness(flow), np.asarray(flow)
+  largest = np.sqrt(np.square(flow).sum(-1)).max((1, 2))
+  return {'flow_smoothness': np.asarray(smoothness), 'flow_max': largest}
+
+
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score)
+_smoothness = jax.jit(images.flow_smoothness)
 two_class_maps = jax.jit(metrics.two_class_maps)
 predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
 runners_up = jax.jit(lambda clf, x, y: losses.runner_up(clf(x).logits, y))
@@ -93,6 +113,13 @@ def read_maps(results: Results, attack: str, name: str, ids: Sequence[int]) -> A
   """The maps of a run, f32[B,h,w], or Disagreement."""
   files = [f'{store.map_folder(attack, name)}/{i:06d}.npy' for i in ids]
   return jnp.asarray(_stack([results.map(attack, name, i) for i in ids], files))
+
+
+def read_arrays(path: pathlib.Path, folder: str, ids: Sequence[int]) -> np.ndarray:
+  """The arrays <folder>/<id>.npy of a run, or Disagreement."""
+  files = [f'{folder}/{i:06d}.npy' for i in ids]
+  there = [path / f for f in files]
+  return _stack([np.load(f, allow_pickle=False) if f.exists() else None for f in there], files)
 
 
 def _stack(arrays: Sequence[np.ndarray | None], files: Sequence[str]) -> np.ndarray:

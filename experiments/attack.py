@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from adv2_jax import api, images, metrics
-from adv2_jax.attacks import presets
+from adv2_jax.attacks import frameworks
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array, InputError, Key, Map
 from adv2_jax.workdir import health, report, store
@@ -33,6 +33,7 @@ from adv2_jax.workdir.store import (
   as_records,
   check_workdir,
   default_workdir,
+  flow_folder,
   image_folder,
   map_folder,
 )
@@ -72,10 +73,11 @@ def attacks_on(interpreter: Interpreter) -> tuple[str, ...]:
 
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   """The schedule of an attack on an interpreter."""
+  space = {k: config[k] for k in ('framework', 'norm', 'tau', 'kappa')}
   if attack == 'pgd':
     steps = [config['steps_s1'] or 0, config['steps_s2']]
-    return presets.plain_pgd(config['preset'], sum(steps) if config['steps_s2'] else None)
-  return presets.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'])
+    return frameworks.plain(config['preset'], sum(steps) if config['steps_s2'] else None, **space)
+  return frameworks.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'], **space)
 
 
 def ids_done(
@@ -93,12 +95,14 @@ class Attacked(NamedTuple):
     columns: more for the records, [B].
     curves: `step` [T], and [T,B] by name.
     spent: evaluations, passes, seconds.
+    flow: StAdv's, f32[B,H,W,2].
   """
 
   x: Array
   columns: dict[str, np.ndarray]
   curves: dict[str, np.ndarray]
   spent: dict[str, Any]
+  flow: Array | None = None
 
 
 class Run(NamedTuple):
@@ -171,16 +175,18 @@ class Run(NamedTuple):
       self.setup.clf,
       self.setup.interpreters[name],
       shard.batch._replace(target_map=wanted),
-      config['epsilon'],
+      config['epsilon'] or 0.0,
       jax.random.key(config['seed']),
       on_chunk=on_chunk,
     )
     x8.block_until_ready()
     self.bar.n = before + n  # it may have ended early, and shares do not add up to whole numbers
     zero, nonfinite = history.gradients()
+    flow = history.delta if config['framework'] == 'stadv' else None
+    figures = {} if flow is None else _judge.flow_figures(flow)
     return Attacked(
       x8,
-      {'zero_gradient': zero, 'nonfinite_gradient': nonfinite},
+      {'zero_gradient': zero, 'nonfinite_gradient': nonfinite, **figures},
       {
         'step': history.evaluations,
         **{k: v for k, v in history.terms._asdict().items() if k != 'penalty'},
@@ -191,6 +197,7 @@ class Run(NamedTuple):
         'network_passes': int(history.passes[-1]),
         **self.watch.since(start),
       },
+      flow,
     )
 
   def judge(
@@ -218,7 +225,7 @@ class Run(NamedTuple):
       wanted,
       clean,
       maps,
-      epsilon=self.setup.config['epsilon'],
+      **_judge.bounds(self.setup.config),
       attacked=attacked is not None,
       mask=shard.mask,
     )
@@ -244,6 +251,8 @@ class Run(NamedTuple):
     extras: dict[str, Any] = {}
     if attacked:
       columns |= attacked.columns
+      if attacked.flow is not None:
+        arrays[flow_folder(attack, name)] = attacked.flow
       cut = {k: v if k == 'step' else v[:, keep] for k, v in attacked.curves.items()}
       extras = {'curves': cut, **attacked.spent}
     records = as_records(scores, keep, **columns)

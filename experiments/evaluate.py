@@ -13,11 +13,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from adv2_jax import metrics
+from adv2_jax import images, metrics
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array
@@ -102,10 +103,12 @@ def _judged(
     _judge.read_maps(results, 'target', name, padded),
     clean_maps,
     maps,
-    epsilon=results.config['epsilon'],
+    **_judge.bounds(results.config),
     attacked=attacked,
     mask=_judge.read_masks(results, padded, clean.shape[1:3]),
   )
+  if attacked and results.config.get('framework') == 'stadv':
+    scores |= _flows(results, name, kind, padded, clean, x8)
   is_real = np.arange(len(padded)) < len(ids)
   records = store.as_records(scores, is_real, id=padded, label=label, target=target)
   for record in records:
@@ -119,6 +122,22 @@ def _judged(
     for field in ('prediction', 'success', 'confidence', 'map_l1', 'map_iou'):
       _compare(where, field, one.get(field), record[field], 'examples.csv')
   return records
+
+
+def _flows(
+  results: Results, name: str, kind: str, ids: list[int], clean: Array, x8: Array
+) -> dict[str, np.ndarray]:
+  """Their figures; Disagreement where a flow does not make the image."""
+  folder = store.flow_folder(kind, name)
+  flow = jnp.asarray(_judge.read_arrays(results.path, folder, ids))
+  apart = np.abs(np.asarray(_warped(clean, flow) - x8)).max((1, 2, 3))
+  for i, one in zip(ids, apart, strict=True):
+    if not one <= 1.5 / 255:  # where half a level is rounded the other way
+      raise Disagreement(f'{folder}/{i:06d}.npy warps the benign image to another one than its own')
+  return _judge.flow_figures(flow)
+
+
+_warped = jax.jit(lambda x, flow: images.quantise(images.warp(x, flow)))
 
 
 def _compare_maps(fresh: np.ndarray, stored: Array, kind: str, name: str, ids: list[int]) -> None:

@@ -214,7 +214,7 @@ def _judged(
       clean_maps[0],
       clean_maps,
       _judge.two_class_maps(clf, interpreter, x8, label, target, keys),
-      epsilon=results.config['epsilon'],
+      **_judge.bounds(results.config),
       attacked=True,
       mask=mask,
     )

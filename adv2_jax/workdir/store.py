@@ -73,6 +73,11 @@ def map_folder(attack: str, interpreter: str) -> str:
   return f'maps/{attack}/{interpreter}'
 
 
+def flow_folder(attack: str, interpreter: str) -> str:
+  """Where the flows lie that StAdv made the images by."""
+  return image_folder(attack, interpreter).replace('examples/', 'flows/', 1)
+
+
 def read_map(path: pathlib.Path, attack: str, interpreter: str, example: int) -> np.ndarray | None:
   """A map of a working directory, f32[h,w]; None when it is not there."""
   file = path / map_folder(attack, interpreter) / f'{example:06d}.npy'
