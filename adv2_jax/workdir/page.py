@@ -223,11 +223,16 @@ def _lead(results: Results) -> str:
   config, rows = results.config, [r for r in results.rows if r.get('n')]
   n = max((r['n'] for r in rows), default=0)
   epsilon = config.get('epsilon')
-  limit = (
-    f', changing no pixel by more than {math.floor(255 * epsilon + 0.5)} of 255 grey levels,'
-    if config.get('framework', 'pgd') == 'pgd' and isinstance(epsilon, int | float)
-    else ''
-  )
+  limit = {
+    'stadv': ', by moving their pixels (StAdv),',
+    'cw': ', by as small a change in L2 as could be found (C&W),',
+  }.get(config.get('framework', 'pgd'), '')
+  if not limit and isinstance(epsilon, int | float):
+    limit = (
+      f', by a change of at most {epsilon:g} in L2,'
+      if config.get('norm') == 'l2'
+      else f', changing no pixel by more than {math.floor(255 * epsilon + 0.5)} of 255 grey levels,'
+    )
   skipped = max((r.get('n_skipped') or 0 for r in rows), default=0)
   more = f' Skipped besides: {skipped}, classified wrongly, or of the target class already.'
   return _e(

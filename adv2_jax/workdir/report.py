@@ -113,6 +113,7 @@ def _gallery(results: Results, interpreter: str) -> page.Gallery:
       columns['target map'] = _heat(results, 'target', interpreter, ids, pictures)
   if len(attacks) > 1 and attacks[0] == 'benign':
     columns |= _change(pictures['benign'], pictures[attacks[-1]])
+    columns['displacement'] = _displacement(results, attacks[-1], interpreter, ids)
   columns = {name: panels for name, panels in columns.items() if any(panels)}
   rows = list(zip(*columns.values(), strict=True))
   return page.Gallery(interpreter, list(columns), rows, choice.format(len(rows)))
@@ -150,6 +151,27 @@ def _heat(
       text = f'L1 {example["map_l1"]:.3f} · IoU {example["map_iou"]:.2f}'
     panels[k] = figures.Panel(heat, text, attack if attack in figures.COLOURS else '')
   return panels
+
+
+def _displacement(
+  results: Results, attack: str, interpreter: str, ids: Sequence[int]
+) -> list[figures.Panel | None]:
+  """How far StAdv moved each pixel: black not at all, white as far as the farthest shown."""
+  folder = results.path / store.flow_folder(attack, interpreter)
+  files = [folder / f'{i:06d}.npy' for i in ids]
+  far = [
+    np.sqrt(np.square(np.load(f, allow_pickle=False)).sum(-1)) if f.exists() else None
+    for f in files
+  ]
+  largest = max((float(v.max()) for v in far if v is not None), default=0.0) or 1.0
+  return [
+    None
+    if v is None
+    else figures.Panel(
+      np.repeat((255 * v / largest).astype(np.uint8)[..., None], 3, -1), f'up to {v.max():.1f} px'
+    )
+    for v in far
+  ]
 
 
 def _change(

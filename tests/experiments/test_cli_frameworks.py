@@ -70,6 +70,15 @@ def test_the_flow_that_made_an_image_is_kept(finished):
       np.testing.assert_allclose(rows['pgd']['flow_max'], largest, rtol=1e-5)
 
 
+def test_the_report_tells_what_was_allowed_and_shows_the_displacement(finished):
+  kind, path = finished
+  page = (path / 'report.html').read_text()
+  said = {'stadv': 'by moving their pixels', 'cw': 'as could be found', 'l2': 'at most 0.9 in L2'}
+  assert said[kind] in page
+  assert ('displacement' in page) == (kind == 'stadv')
+  assert ('up to' in page and ' px' in page) or kind != 'stadv'
+
+
 def test_a_flow_that_makes_another_image_is_noticed(victim, tmp_path):
   path = run(victim, tmp_path / 'run', num_examples=2, **SPACES['stadv'])
   file = next((path / 'flows/adv2/cam').glob('*.npy'))
