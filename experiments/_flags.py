@@ -82,7 +82,9 @@ def define_attack_flags() -> None:
   flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
   flags.DEFINE_string('target_label', 'random', 'random (another class; with rts, another of those '
                       'that its decoder knows), least_likely, a class, or FILE.csv.')  # fmt: skip
-  flags.DEFINE_float('epsilon', 0.031, 'Radius, in units of the image range; pgd alone.')
+  flags.DEFINE_float(
+    'epsilon', None, 'Radius, in units of the image range, of pgd; L∞: default 0.031.'
+  )
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
@@ -178,10 +180,9 @@ def config() -> dict[str, Any]:
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
   if found.get('interpreters', ()) is None and 'dataset' in found:
     found['interpreters'] = default_interpreters(found)
-  if 'framework' in found and not FLAGS['epsilon'].present:
-    # Flows and C&W have no radius, and that of L2 depends on the images.
-    is_usual = (found['framework'], found['norm']) == ('pgd', 'linf')
-    found['epsilon'] = frameworks.EPSILON if is_usual else None
+  # Flows and C&W have no radius, and that of L2 depends on the images.
+  if (found.get('framework'), found.get('norm')) == ('pgd', 'linf') and found['epsilon'] is None:
+    found['epsilon'] = frameworks.EPSILON
   if 'resume' in found and not found['workdir']:
     task = f'train-{found["task"]}-{found["model"]}' if 'task' in found else None
     found['workdir'] = f'runs/{task}' if task else str(store.default_workdir(found))
