@@ -87,9 +87,10 @@ class AttackResult(NamedTuple):
   Attributes:
     x: f32[B,H,W,C] on the 8-bit grid: x·255 is integral.
     logits: f32[B,K].
-    maps: f32[B,h,w], of the target class.
+    maps: f32[B,h,w], of the target class; of a joint, a mapping of such by name.
     success: bool[B].
-    terms: cross-entropy of the target, MSE of the map to the target map, and their sum.
+    terms: cross-entropy of the target, MSE of the map to the target map (of a joint the mean over
+      its maps), and their sum.
     history: losses and success over the steps.
   """
 
@@ -108,7 +109,8 @@ class AttackResult(NamedTuple):
   @property
   def health(self) -> Health:
     """Examples of which the figures mean nothing."""
-    return Health(self.history.before, *self.history.gradients(), metrics.flat(self.maps))
+    flat = jax.tree.reduce(jnp.logical_or, jax.tree.map(metrics.flat, self.maps))
+    return Health(self.history.before, *self.history.gradients(), flat)
 
   def __repr__(self) -> str:
     """In one line, without the pixels."""
@@ -218,7 +220,8 @@ def _judge(
   target = goal.explained(logits, batch.target)
   maps = interpreter.explain(clf, x8, target, keys)
   l_prd = losses.targeted_xent(logits, target)
-  l_int = losses.map_mse(maps, batch.target_map)
+  apart = jax.tree.leaves(jax.tree.map(losses.map_mse, maps, batch.target_map))
+  l_int = jnp.mean(jnp.stack(apart), axis=0)
   terms = Terms(l_prd + l_int, l_prd, l_int, jnp.zeros_like(l_prd))
   return logits, maps, metrics.success(logits, target), terms, target
 
@@ -261,8 +264,8 @@ def attack(
     x: f32[B,H,W,C] in [0,1], NHWC.
     target: i32[B], the class wanted. None: untargeted, any class but the true one, and the map is
       that of the class then predicted; with goal 'map_only' the true class.
-    target_map: f32[B,h,w] in [0,1]; None: the benign one, the map of x for `label`. MASK under
-      'fast' keeps the benign one whatever is given, and says so in a warning. With goal 'map_only'
+    target_map: f32[B,h,w] in [0,1], for a joint a mapping by name; None: the benign one, the map
+      of x for `label`. With goal 'map_only'
       also 'away' (little of the map is to be left where the benign one is strongest, `top_mass`)
       or 'away_centre' (its centre of mass is to move far, `centre_kept`); figures are then against
       the benign map.
@@ -322,7 +325,7 @@ def attack(
   x, keys = x[rows], keys[rows]
   # Shapes by way of the jitted functions, which remember them: a second call traces nothing.
   num_classes = jax.eval_shape(_outputs, clf, x).logits.shape[-1]
-  map_shape = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys).shape
+  drawn = jax.eval_shape(explain, clf, interpreter, x, _zeros(x), keys)
   if target is not None:
     target = validate.labels(target, n, num_classes, 'target')[rows]
     validate.explicable(target, interpreter, 'target')
@@ -332,7 +335,8 @@ def attack(
   if isinstance(target_map, str):
     target_map = None
   if target_map is not None:
-    target_map = validate.target_map(target_map, (n, *map_shape[1:]))[rows]
+    shapes = jax.tree.map(lambda v: (n, *v.shape[1:]), drawn)
+    target_map = jax.tree.map(lambda v: v[rows], validate.target_maps(target_map, shapes))
   seen = jnp.argmax(_outputs(clf, x).logits, axis=-1).astype(jnp.int32)
   label = seen if label is None else label
   if target is None:
@@ -343,8 +347,6 @@ def attack(
     validate.targets_differ(target, label)
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
-  if interpreter.name == 'mask' and preset == 'fast' and goal != 'class_only':
-    _warn_of_other_maps(target_map, label, seen, recipe.goal.away is not None)
   if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   ids = jnp.arange(len(rows), dtype=jnp.int32)
@@ -411,23 +413,6 @@ def _recipe(
       "it with that goal, such as presets.by_name('fast', 'cam', goal=…)"
     )
   return preset
-
-
-def _warn_of_other_maps(target_map: Map | None, label: Label, seen: Label, is_away: bool) -> None:
-  """MASK under 'fast' keeps the map of the class predicted for the clean image, and no other."""
-  other = np.flatnonzero(np.asarray(seen != label))
-  if target_map is not None or is_away:
-    warnings.warn(
-      "MASK under preset 'fast' keeps the benign map; the target_map given is not aimed at: take "
-      "preset 'authors' for that",
-      stacklevel=3,
-    )
-  elif other.size:
-    warnings.warn(
-      "MASK under preset 'fast' keeps the map of the class predicted for x: for image "
-      f'{other[0]} that is {int(seen[other[0]])}, not its label {int(label[other[0]])}',
-      stacklevel=3,
-    )
 
 
 def _zeros(x: Image) -> Label:

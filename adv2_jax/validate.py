@@ -4,6 +4,7 @@ import numbers
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -183,6 +184,22 @@ def explicable(values: Any, interpreter: Any, what: str, ids: Any = None) -> Non
       f'{what} of image {image} is {value}, a class that {interpreter.name} never '
       f'saw in its training; it knows {known}{more}: choose among these, or train it for more'
     )
+
+
+def target_maps(values: Any, shapes: Any) -> Any:
+  """Maps as f32 in [0,1]: one array of the shape, or a mapping of such by name; or InputError."""
+  if not isinstance(shapes, Mapping):
+    if isinstance(values, Mapping):
+      raise InputError(
+        f'target_map is a mapping of {", ".join(map(str, values))}; expected one array of maps: '
+        'mappings are for interpreters.joint(…)'
+      )
+    return target_map(values, shapes)
+  names = ', '.join(shapes)
+  if not isinstance(values, Mapping) or set(values) != set(shapes):
+    given = f'a mapping of {", ".join(map(str, values))}' if isinstance(values, Mapping) else 'one'
+    raise InputError(f'target_map is {given}; a joint needs a mapping with maps for each: {names}')
+  return {name: target_map(values[name], shape) for name, shape in shapes.items()}
 
 
 def target_map(values: Any, shape: tuple[int, ...]) -> Map:

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 
 from adv2_jax import data, interpreters, nets, validate
-from adv2_jax.attacks import frameworks
+from adv2_jax.attacks import frameworks, goals
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
@@ -66,7 +66,8 @@ def define_explain_flags() -> None:
     'interpreters',
     None,
     f'Of {", ".join(interpreters.NAMES)}; default: grad, cam, mask (an attack with --preset fast: '
-    'for benign maps only), and rts where there is a decoder.',
+    'not to go away from maps), and rts where there is a decoder. An attack also takes joint: all '
+    'others at once (alone: all four that the model allows).',
   )
   flags.DEFINE_string('decoder', None, 'Weights of rts; default: the built-in ones of --model.')
   flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
@@ -88,6 +89,12 @@ def define_attack_flags() -> None:
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
+  flags.DEFINE_list(
+    'attacks',
+    None,
+    f'The rows wanted, of {", ".join(store.ATTACKS)}; default: all that apply. benign is always '
+    'among them.',
+  )
 
 
 def define_evaluate_flags() -> None:
@@ -180,6 +187,8 @@ def config() -> dict[str, Any]:
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
   if found.get('interpreters', ()) is None and 'dataset' in found:
     found['interpreters'] = default_interpreters(found)
+  elif found.get('interpreters') == ['joint'] and 'preset' in found:
+    found['interpreters'] = [*default_interpreters(found), 'joint']
   # Flows and C&W have no radius, and that of L2 depends on the images.
   if (found.get('framework'), found.get('norm')) == ('pgd', 'linf') and found['epsilon'] is None:
     found['epsilon'] = frameworks.EPSILON
@@ -197,7 +206,7 @@ def default_interpreters(c: Mapping[str, Any]) -> list[str]:
 
 
 def _mask_is_refused(c: Mapping[str, Any]) -> bool:
-  return c.get('preset') == 'fast' and c['target_map'] != 'benign'
+  return c.get('preset') == 'fast' and c['target_map'] in goals.AWAY
 
 
 def check(c: dict[str, Any]) -> None:
@@ -224,16 +233,49 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
   if c['model'] not in nets.ZOO:
     raise InputError(f'--model {c["model"]!r} is unknown; expected one of {", ".join(nets.ZOO)}')
-  check_interpreters(c['interpreters'], c.get('decoder'))
-  if 'mask' in c['interpreters'] and _mask_is_refused(c):
+  check_interpreters(parts(c['interpreters']), c.get('decoder'))
+  _check_joint(c)
+  _check_attacks(c.get('attacks'))
+  if refused := [n for n in ('mask', 'joint') if n in c['interpreters'] and _mask_is_refused(c)]:
     raise InputError(
-      f'--target_map {c["target_map"]}: for mask, --preset fast can only keep the benign map; take '
-      '--preset authors, or leave mask out of --interpreters'
+      f'--target_map {c["target_map"]}: {refused[0]} under --preset fast comes close to maps, and '
+      f'goes away from none; leave {refused[0]} out of --interpreters'
+      + ', or take --preset authors'
+      * (refused[0] == 'mask')
     )
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
     )
+
+
+def parts(names: Sequence[str]) -> list[str]:
+  """The interpreters of a list without the joint of them."""
+  return [name for name in names if name != 'joint']
+
+
+def _check_joint(c: Mapping[str, Any]) -> None:
+  names = c['interpreters']
+  if 'joint' not in names:
+    return
+  given = f'--interpreters {",".join(names)}'
+  if 'preset' not in c:
+    raise InputError(f'{given}: joint is for attacks; its parts explain by themselves')
+  if len(names) > len(set(names)) or len(parts(names)) < 2:
+    raise InputError(
+      f'{given}: joint attacks two interpreters or more at once: name them, or give joint alone '
+      'for all that the model allows'
+    )
+  if c['preset'] == 'authors':
+    raise InputError(
+      f'{given}: --preset authors has no joint attack, nobody published one; take --preset fast'
+    )
+
+
+def _check_attacks(names: Sequence[str] | None) -> None:
+  unknown = [name for name in names or () if name not in store.ATTACKS]
+  if names is not None and (unknown or not names):
+    raise InputError(f'--attacks is {",".join(names)}; expected some of {", ".join(store.ATTACKS)}')
 
 
 def check_interpreters(names: Sequence[str], decoder: str | None) -> None:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import sys
+import warnings
 from typing import Any, TextIO
 
 import jax
@@ -53,6 +54,8 @@ def keep_compiled(flag: str | None = None) -> None:
     jax.config.update('jax_compilation_cache_dir', str(path))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    # Cut short, by a kill or because another process is at it just now: JAX compiles by itself.
+    warnings.filterwarnings('ignore', 'Error reading persistent compilation cache', UserWarning)
 
 
 class Output:

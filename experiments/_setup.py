@@ -27,6 +27,7 @@ class Setup(NamedTuple):
   config: dict[str, Any]
   clf: Classifier
   interpreters: dict[str, Interpreter]
+  joint: Interpreter | None  # of all of them at once
   dataset: data.Dataset
   target_of: Callable[[int, int, int], int]  # (id, label, least likely class) -> target class
 
@@ -70,7 +71,7 @@ def set_precision(dtype: str) -> None:
 
 
 def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter]]:
-  """The classifier and the interpreters of a config."""
+  """The classifier and the interpreters of a config; without the joint of them."""
   set_precision(config['dtype'])
   clf = zoo.load_classifier(
     config['model'],
@@ -82,7 +83,7 @@ def models(config: Mapping[str, Any]) -> tuple[Classifier, dict[str, Interpreter
   size = image_size(config)
   form = 'printed' if config.get('preset') == 'authors' else 'smooth'
   decoder = load_decoder(config) if 'rts' in config['interpreters'] else None
-  names = config['interpreters']
+  names = _flags.parts(config['interpreters'])
   return clf, {name: interpreters.build(name, size, form, decoder) for name in names}
 
 
@@ -125,7 +126,8 @@ def load(config: dict[str, Any]) -> Setup:
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
   place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
   built = {name: place(interpreter) for name, interpreter in built.items()}
-  return Setup(config, place(clf), built, dataset, target_of)
+  joint = interpreters.joint(built) if 'joint' in config['interpreters'] else None
+  return Setup(config, place(clf), built, joint, dataset, target_of)
 
 
 def check_fit(clf: Classifier, built: Mapping[str, Interpreter], size: int) -> None:

@@ -41,6 +41,7 @@ HELD_OUT = 500  # images at most
 SELECTOR_RATE = 0.02
 _BATCH = 25
 _SHOWN = 8
+_judge = jax.jit(saliency.judge, static_argnums=0, static_argnames=('mean', 'std'))
 
 
 class Net(NamedTuple):
@@ -197,8 +198,7 @@ class Judge:
     shift = np.random.default_rng(0).integers(1, len(known), len(self.label))
     self.fake = np.asarray(saliency.another_class(self.label, shift, known))
     self.clf = net.clf
-    judge = functools.partial(saliency.judge, net.module, mean=net.mean, std=net.std)
-    self.run = jax.jit(judge)
+    self.run = functools.partial(_judge, net.module, mean=net.mean, std=net.std)
 
   def judged(self, variables: PyTree, label: np.ndarray) -> saliency.Judged:
     """The first images, as many as labels, asked for these classes."""

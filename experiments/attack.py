@@ -8,8 +8,9 @@ Without flags: the built-in scenes and checkpoint. On ImageNet photographs, with
 Per batch of examples and interpreter: the clean image ('benign'; where maps depend on random
 numbers, once more with others: 'again', as close as one may hope to keep a benign map), another
 image of the same predicted class ('other', the scale of "unrelated"), plain PGD, and ADV². Each is
-rounded to 8 bits and judged by the real net and a fresh map. Results appear batch by batch; a
-killed run goes on with --resume. Files and fields: see README.
+rounded to 8 bits and judged by the real net and a fresh map. With joint among the interpreters also
+one image against all of them at once ('adv2_joint'), judged by each. Results appear batch by batch;
+a killed run goes on with --resume. Files and fields: see README.
 """
 
 import functools
@@ -26,7 +27,7 @@ import tqdm
 from adv2_jax import api, images, metrics
 from adv2_jax.attacks import frameworks
 from adv2_jax.interpreters.base import Interpreter
-from adv2_jax.types import Array, InputError, Key, Map
+from adv2_jax.types import Array, InputError, Key, Map, PyTree
 from adv2_jax.workdir import health, report, store
 from adv2_jax.workdir.store import (
   Workdir,
@@ -64,11 +65,14 @@ class Stopwatch:
     }
 
 
-def attacks_on(interpreter: Interpreter) -> tuple[str, ...]:
+SHARED = ('pgd', 'adv2_joint')  # one image for all interpreters
+
+
+def attacks_on(setup: _setup.Setup, interpreter: Interpreter) -> tuple[str, ...]:
   """The rows of a table for this interpreter."""
-  return tuple(
-    a for a in store.ATTACKS if a != 'adv2_joint' and (a != 'again' or interpreter.random)
-  )
+  wanted = setup.config['attacks'] or store.ATTACKS
+  applies = {'again': interpreter.random, 'adv2_joint': setup.joint is not None}
+  return tuple(a for a in store.ATTACKS if a == 'benign' or (a in wanted and applies.get(a, True)))
 
 
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
@@ -83,8 +87,8 @@ def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
 def ids_done(
   done: Mapping[tuple[str, str], set[int]], attack: str, names: Sequence[str], name: str = ''
 ) -> set[int]:
-  """Ids of which an attack on interpreter `name` is done; PGD serves all `names` at once."""
-  return set.intersection(*(done[attack, n] for n in (names if attack == 'pgd' else [name])))
+  """Ids of which an attack on interpreter `name` is done; `SHARED` ones serve all `names`."""
+  return set.intersection(*(done[attack, n] for n in (names if attack in SHARED else [name])))
 
 
 class Attacked(NamedTuple):
@@ -106,7 +110,7 @@ class Attacked(NamedTuple):
 
 
 class Run(NamedTuple):
-  """A run in progress; its bar counts attacks: an example's of PGD, and one per interpreter."""
+  """A run in progress; its bar counts attacks: those `SHARED`, and one per interpreter."""
 
   setup: _setup.Setup
   workdir: Workdir
@@ -117,18 +121,19 @@ class Run(NamedTuple):
 
   def one_shard(self, shard: _setup.Shard) -> None:
     """All that is missing of one batch: attacked, judged and written."""
-    plain = None  # PGD does not depend on the interpreter: one image serves all
+    plain = joint = None  # one image serves all
+    clean = functools.cache(
+      lambda name: self.maps(shard, name, 'benign', shard.batch.x, shard.keys)
+    )
     for name, interpreter in self.setup.interpreters.items():
       ids = set(shard.id.tolist())
-      missing = [a for a in attacks_on(interpreter) if not ids <= self.done[a, name]]
+      missing = [a for a in attacks_on(self.setup, interpreter) if not ids <= self.done[a, name]]
       if not missing:
         continue
-      clean = self.maps(shard, name, 'benign', shard.batch.x, shard.keys)
-      wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
-      wanted = jax.device_put(wanted, shard.label.sharding)
-      judge = functools.partial(self.judge, shard, name, wanted, clean)
+      wanted = self.wanted(shard, name, clean(name))
+      judge = functools.partial(self.judge, shard, name, wanted, clean(name))
       if 'benign' in missing:
-        judge('benign', shard.batch.x, maps=clean)
+        judge('benign', shard.batch.x, maps=clean(name))
       if 'again' in missing:
         judge('again', shard.batch.x, keys=shard.keys_again)
       if 'other' in missing:
@@ -139,6 +144,15 @@ class Run(NamedTuple):
       if 'adv2' in missing:
         found = self.attack(shard, 'adv2', name, wanted)
         judge('adv2', found.x, attacked=found)
+      if 'adv2_joint' in missing:
+        all_wanted = {n: self.wanted(shard, n, clean(n)) for n in self.setup.interpreters}
+        joint = joint or self.attack(shard, 'adv2_joint', 'joint', all_wanted)
+        judge('adv2_joint', joint.x, attacked=joint)
+
+  def wanted(self, shard: _setup.Shard, name: str, clean: Array) -> Array:
+    """The map that the attack on interpreter `name` wants."""
+    wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
+    return jax.device_put(wanted, shard.label.sharding)
 
   def others(self, shard: _setup.Shard) -> Array:
     """The images of `shard.other`; the example itself where there is none."""
@@ -158,9 +172,11 @@ class Run(NamedTuple):
       keys,
     )
 
-  def attack(self, shard: _setup.Shard, attack: str, name: str, wanted: Map | None) -> Attacked:
+  def attack(self, shard: _setup.Shard, attack: str, name: str, wanted: PyTree) -> Attacked:
     """The 8-bit images of one attack, and what it took."""
     config = self.setup.config
+    interpreter = self.setup.interpreters.get(name) or self.setup.joint
+    assert interpreter
     is_done = ids_done(self.done, attack, list(self.setup.interpreters), name)
     n, before = len(set(shard.id.tolist()) - is_done), round(self.bar.n)
 
@@ -173,7 +189,7 @@ class Run(NamedTuple):
     x8, history = api.attack_batch(
       recipe_of(config, attack, name),
       self.setup.clf,
-      self.setup.interpreters[name],
+      interpreter,
       shard.batch._replace(target_map=wanted),
       config['epsilon'] or 0.0,
       jax.random.key(config['seed']),
@@ -268,7 +284,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
   """The rows of metrics.json: one per interpreter and attack; `seen` looks at their records."""
   for name, interpreter in setup.interpreters.items():
-    for attack in attacks_on(interpreter):
+    for attack in attacks_on(setup, interpreter):
       spent: dict[str, Any] = dict.fromkeys(SPENT)
       found = seen.watch(attack, _passing(workdir.shards(attack, name), spent))
       figures = metrics.aggregate(found, attack not in store.NOT_PERTURBED)
@@ -309,7 +325,7 @@ def run(config: dict[str, Any]) -> Workdir:
   store.check_digests(path, config, digests)
   given = {}
   if config['target_map'] not in _targets.MAPS:
-    given = _targets.read_maps(config['target_map'], config['interpreters'])
+    given = _targets.read_maps(config['target_map'], _flags.parts(config['interpreters']))
   examples = _setup.select(setup)
   _setup.check_given_maps(setup, examples, given)
   if len(examples.id) < config['num_examples']:
@@ -319,15 +335,17 @@ def run(config: dict[str, Any]) -> Workdir:
   done = {
     (attack, name): workdir.done(attack, name)
     for name, interpreter in setup.interpreters.items()
-    for attack in attacks_on(interpreter)
+    for attack in attacks_on(setup, interpreter)
   }
   # 'other' is left out: an example without another of its class never gets that record.
   whole = set.intersection(*(ids for (a, _), ids in done.items() if a != 'other'))
-  for name in setup.interpreters:
-    done['other', name] |= whole | set(examples.id[examples.other < 0].tolist())
+  for attack, name in done:
+    if attack == 'other':
+      done[attack, name] |= whole | set(examples.id[examples.other < 0].tolist())
   left = np.flatnonzero(~np.isin(examples.id, list(whole)))
   names, ids = list(setup.interpreters), set(examples.id.tolist())
-  units = [('pgd', ''), *(('adv2', name) for name in names)]
+  units = [(a, '') for a in SHARED if (a, names[0]) in done]
+  units += [('adv2', name) for name in names if ('adv2', name) in done]
   with tqdm.tqdm(
     total=len(ids) * len(units),
     initial=sum(len(ids & ids_done(done, attack, names, name)) for attack, name in units),

@@ -95,4 +95,6 @@ def test_command_lines_are_parsed(line, monkeypatch):
   assert rest == [name], 'further arguments'
   found = defining.values.flag_values_dict()
   if name in ('attack', 'explain'):
-    _flags.check(found | {'interpreters': found['interpreters'] or ['cam']})
+    chosen = found['interpreters'] or ['cam']
+    chosen = ['cam', 'grad', 'joint'] if chosen == ['joint'] else chosen  # as `config` does
+    _flags.check(found | {'interpreters': chosen})

@@ -114,7 +114,8 @@ def closest_map(
   """The score of the joint attack: how far the map is, once the target is predicted, [B].
 
   d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
-  come after these. d is the attack's own map distance, which should be √mse. Where `unroll` differs
+  come after these. d is the attack's own map distance, which should be √mse; of several maps it is
+  their sum. Where `unroll` differs
   from `explain` (GRAD, MASK), the map is made afresh on the real net; where it is random, with the
   step's own random numbers, which no judge uses: an iterate is not kept for its luck with them. An
   untargeted attack's t is the wrong class that leads, and a map of another one does not count.
@@ -130,7 +131,8 @@ def closest_map(
     else:
       keys = step_keys(key, batch.example_id, snapshot.step)
       maps = interpreter.explain(clf, snapshot.x, target, keys)
-      distance = goal.distance(losses.map_rms)(maps, batch.target_map)
+      apart = jax.tree.map(goal.distance(losses.map_rms), maps, batch.target_map)
+      distance = jax.tree.reduce(jnp.add, apart)
     cost = distance + price * jax.nn.relu(odds - wanted_log_odds)
     return jnp.where(fits, cost, 1e6 + odds)
 
@@ -323,6 +325,7 @@ FAST = {
   'cam': Fast(100, 300.0),
   'grad': Fast(100, 100.0, first_step=3 / 255, every=5),
   'mask': Fast(100, 30.0, every=10),
+  'joint': Fast(300, 300.0, first_step=5 / 255, every=10),
 }
 
 
@@ -343,7 +346,16 @@ def by_name(
     if value is not None and value < (0 if flag == 'steps_s1' else 1):
       raise InputError(f'{flag} is {value}; expected a positive number of steps')
   if preset == 'authors':
+    if name == 'joint':
+      raise InputError(
+        "preset 'authors' has no joint attack, nobody published one: take preset 'fast'"
+      )
     return authors(name, steps_s1, steps_s2, goal)
   if preset == 'fast':
+    if goal.away and name in ('mask', 'joint'):
+      raise InputError(
+        f"{name} under preset 'fast' comes close to target maps, and goes away from none: "
+        + ("take preset 'authors' for that" if name == 'mask' else 'attack one after the other')
+      )
     return fast(name, steps_s1, steps_s2, goal)
   raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")

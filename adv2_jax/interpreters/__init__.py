@@ -6,6 +6,7 @@ from typing import Any
 from adv2_jax.interpreters.base import Interpreter, avg_pool, from_map, min_max
 from adv2_jax.interpreters.cam import cam, grad_cam
 from adv2_jax.interpreters.gradient import grad, input_x_gradient, integrated_gradients, smooth_grad
+from adv2_jax.interpreters.joint import joint
 from adv2_jax.interpreters.masking import CIFAR as CIFAR_MASK
 from adv2_jax.interpreters.masking import SCENES as SCENES_MASK
 from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective, usual
@@ -64,6 +65,7 @@ __all__ = [
   'grad_cam',
   'input_x_gradient',
   'integrated_gradients',
+  'joint',
   'mask',
   'mask_objective',
   'min_max',

@@ -49,6 +49,7 @@ class Interpreter(flax.struct.PyTreeNode):
       the best iterate is chosen.
     classes: those it can explain, where it was trained for some only; None: all.
     random: whether its maps depend on the key.
+    shares_pass: whether `unroll` calls the classifier itself on x, a pass that `joint` shares.
     settings: what it was built with, hashable, for recipes that need to know (MASK: `MaskConfig`).
   """
 
@@ -62,6 +63,7 @@ class Interpreter(flax.struct.PyTreeNode):
   exact: bool = flax.struct.field(pytree_node=False, default=True)
   classes: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
   random: bool = flax.struct.field(pytree_node=False, default=False)
+  shares_pass: bool = flax.struct.field(pytree_node=False, default=False)
   settings: Hashable = flax.struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
@@ -156,6 +158,7 @@ def from_map(
   name: str = 'custom',
   passes: tuple[int, int] | tuple[int, int, int] = (1, 2),
   random: bool = False,
+  shares_pass: bool = False,
 ) -> Interpreter:
   """An interpreter without state between attack steps, from its map function.
 
@@ -168,6 +171,7 @@ def from_map(
     passes: of `explain`, and of one attack step with its gradient, see `Interpreter.passes`; third,
       of one without, where that is not as many as `explain` takes.
     random: whether the map depends on the keys.
+    shares_pass: whether an attack step calls clf(x), on x itself; see `Interpreter`.
   """
   differentiable = attacked or explain
 
@@ -187,6 +191,7 @@ def from_map(
     passes=passes if len(passes) == 3 else (*passes, passes[0]),
     exact=attacked is None,
     random=random,
+    shares_pass=shares_pass,
   )
 
 

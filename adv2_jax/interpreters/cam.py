@@ -106,7 +106,7 @@ def cam() -> Interpreter:
     _require_global_pooling(clf, features)
     return min_max(jnp.sum(_head_gradient(clf, features, y) * features, axis=-1)), out.logits
 
-  return from_map(explain, name='cam', passes=(1, 2))
+  return from_map(explain, name='cam', passes=(1, 2), shares_pass=True)
 
 
 @one_per_setting
@@ -126,4 +126,4 @@ def grad_cam() -> Interpreter:
     top = jnp.max(evidence, axis=(1, 2), keepdims=True)
     return jnp.where(top > 0, evidence / jnp.where(top > 0, top, 1.0), 0.0), out.logits
 
-  return from_map(explain, name='grad_cam', passes=(1, 2))
+  return from_map(explain, name='grad_cam', passes=(1, 2), shares_pass=True)

@@ -12,6 +12,7 @@ matrices, made once on the host.
 import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -208,10 +209,14 @@ def solver_step(
 ) -> MaskState:
   """One Adam iteration on l_map, clipped to [0,1]; differentiable in x and in the state."""
   x = jittered(x, keys, config.jitter)
-  objective = lambda m: jnp.sum(mask_objective(clf, m, x, y, config))  # noqa: E731
-  updates, opt_state = jax.vmap(_adam(config).update)(
-    jax.grad(objective)(state.mask), state.opt_state
-  )
+  return _adam_step(lambda m: mask_objective(clf, m, x, y, config), state, config)
+
+
+def _adam_step(
+  objective: Callable[[Array], Array], state: MaskState, config: MaskConfig
+) -> MaskState:
+  gradient = jax.grad(lambda m: jnp.sum(objective(m)))(state.mask)
+  updates, opt_state = jax.vmap(_adam(config).update)(gradient, state.opt_state)
   return MaskState(jnp.clip(state.mask + updates, 0, 1), opt_state)
 
 
@@ -251,19 +256,48 @@ class View(NamedTuple):
 
 
 class Landscape(NamedTuple):
-  """What the attack imitates: what the solver sees on its way over the clean image.
+  """What the attack imitates: what the solver sees on a way that ends at the target map.
 
   Attributes:
-    path: f32[B,n,h,w], its masks, for the class that the clean image shows.
+    path: f32[B,n,h,w], its masks.
     views: what it sees at them, [B,n]; None where that is random and must be looked at afresh.
     x: the clean images.
-    label: i32[B], that class.
+    label: i32[B], the class that they show.
+    evidence: f32[B,h,w], see `linear_view`.
+    own: bool[B], the way over the clean image is taken, not the one over `linear_view`.
   """
 
   path: Array
   views: View | None
   x: Image
   label: Label
+  evidence: Array
+  own: Array
+
+
+# Log-odds of a class whose evidence is kept, and of one whose evidence is gone.
+SURE, GONE = -6.0, 12.0
+
+
+def evidence_of(target_map: Map) -> Array:
+  """e = m_t² / Σ m_t², [B,h,w]: squared, as what is weak in a map costs more area than it is worth.
+
+  0 everywhere for an empty map.
+  """
+  squares = jnp.square(target_map)
+  return squares / jnp.maximum(jnp.sum(squares, axis=(1, 2), keepdims=True), 1e-12)
+
+
+def linear_view(m: Array, evidence: Array) -> View:
+  """What the solver would see of an image whose class hangs on the cells of the target map.
+
+  u(m) = SURE + (GONE − SURE) · Σ e·(1 − m): blurring a cell costs the class its share of the
+  evidence. The solver blurs the cells with most of it, and so ends near the target map. With an
+  empty one nothing that is blurred changes anything, u = −GONE.
+  """
+  sums = jnp.sum(evidence, axis=(1, 2))
+  u = SURE + (GONE - SURE) * jnp.sum(evidence * (1 - m), axis=(1, 2))
+  return View(jnp.where(sums > 0, u, -GONE), (SURE - GONE) * evidence)
 
 
 def view(clf: Any, m: Array, x: Image, y: Label, config: MaskConfig, slope: bool) -> View:
@@ -279,14 +313,29 @@ def view(clf: Any, m: Array, x: Image, y: Label, config: MaskConfig, slope: bool
   return View(u, gradient)
 
 
-def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> Array:
-  """The solver's masks before each of its iterations, f32[B,steps,h,w]."""
+def _descend(
+  step: Callable[[MaskState, Array], MaskState], first: MaskState, n: int
+) -> tuple[Array, Array]:
+  """The masks before each of n iterations, f32[B,n,h,w], and the one after the last."""
+  body = lambda state, i: (step(state, i), state.mask)  # noqa: E731
+  last, path = jax.lax.scan(body, first, jnp.arange(n, dtype=jnp.int32))
+  return jnp.moveaxis(path, 0, 1), last.mask
 
-  def body(state: MaskState, i: Array) -> tuple[MaskState, Array]:
-    return solver_step(clf, state, x, y, fold_keys(keys, i), config), state.mask
 
-  path = jax.lax.scan(body, start(config, x), jnp.arange(config.steps, dtype=jnp.int32))[1]
-  return jnp.moveaxis(path, 0, 1)
+def solver_path(clf: Any, x: Image, y: Label, keys: Key, config: MaskConfig) -> tuple[Array, Array]:
+  """The solver's masks before each of its iterations on x, f32[B,steps,h,w], and where it ends."""
+  step = lambda state, i: solver_step(clf, state, x, y, fold_keys(keys, i), config)  # noqa: E731
+  return _descend(step, start(config, x), config.steps)
+
+
+def linear_path(evidence: Array, config: MaskConfig) -> tuple[Array, Array]:
+  """The same over `linear_view`; it needs no network."""
+
+  def objective(m: Array) -> Array:
+    return jax.nn.sigmoid(-linear_view(m, evidence).u) + regulariser(m, config)
+
+  step = lambda state, i: _adam_step(objective, state, config)  # noqa: E731
+  return _descend(step, start(config, evidence), config.steps)
 
 
 @one_per_setting
@@ -301,16 +350,17 @@ def mask(
 ) -> Interpreter:
   """MASK: 1 − argmin_m l_map(m; x), by the published solver (Fong & Vedaldi 2017).
 
-  The map depends on x through an optimisation. The attack makes that optimisation go the way that
-  it goes on the clean image x0, so the target map is the clean image's, whatever it is told. The
-  solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c) of φ(x; m), and their
-  gradient. Where those of (x, t) are those of (x0, y), it goes the same way. Per step, `looks`
-  masks are drawn from its path on the clean image, and the distance is the mean over them of
+  The map depends on x through an optimisation. The attack makes that optimisation go a way that
+  ends at the target map. The solver sees x through log-odds only, u(m; x, c) = log((1 − p_c)/p_c)
+  of φ(x; m), and their gradient. So per step, `looks` masks are drawn from such a way, and the
+  distance is the mean over them of
 
-      |u − u*| + slope · ‖∂u/∂m − ∂u*/∂m‖ / ‖∂u*/∂m‖,   u = u(m; x, t), u* = u(m; x0, y)
+      |u − u*| + slope · ‖∂u/∂m − ∂u*/∂m‖ / ‖∂u*/∂m‖,   u = u(m; x, t)
 
-  No solution is differentiated, and a step is cheap. As in GRAD, what is a derivative itself is
-  taken from the surrogate, whose ReLU derivative is smooth.
+  u* is either what the solver sees of the clean image, u(m; x0, y), whose way ends at the benign
+  map, or `linear_view` of the target map: per example, whichever ends closer to the target map. No
+  solution is differentiated, and a step is cheap. As in GRAD, what is a derivative itself is taken
+  from the surrogate, whose ReLU derivative is smooth.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
@@ -352,17 +402,24 @@ def mask(
     return 1 - solve(clf, x, y, keys, c).mask
 
   def begin(params: PyTree, clf: Any, x: Image, y: Label, target_map: Map, keys: Key) -> Landscape:
-    del params, y, target_map
+    del params, y
     check_fits(c, *x.shape[1:3])
     label = jnp.argmax(clf(x).logits, axis=-1)
-    path = solver_path(clf, x, label, keys, c)
+    evidence = evidence_of(target_map)
+    ways = solver_path(clf, x, label, keys, c), linear_path(evidence, c)
+    clean, linear = (losses.map_mse(1 - end, target_map) for _, end in ways)
+    own = clean <= linear
+    path = jnp.where(own[:, None, None, None], ways[0][0], ways[1][0])
     if varies:
-      return Landscape(path, None, x, label)
+      return Landscape(path, None, x, label, evidence, own)
     still = jittered(x, keys, c.jitter)
-    views = jax.lax.map(
-      lambda m: view(net(clf), m, still, label, c, slope > 0), jnp.moveaxis(path, 1, 0)
-    )
-    return Landscape(path, jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), views), x, label)
+
+    def at(m: Array) -> View:
+      return _either(own, view(net(clf), m, still, label, c, slope > 0), linear_view(m, evidence))
+
+    views = jax.lax.map(at, jnp.moveaxis(path, 1, 0))
+    views = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), views)
+    return Landscape(path, views, x, label, evidence, own)
 
   def unroll(params: PyTree, clf: Any, x: Image, y: Label, carry: Landscape, keys: Key) -> Unrolled:
     del params
@@ -370,21 +427,26 @@ def mask(
     draw = functools.partial(_draw, last=c.steps * reach, looks=looks, noise=noise)
     masks, place, jitter_keys = jax.vmap(draw)(keys, carry.path)
     flat = lambda v: v.reshape(-1, *v.shape[2:])  # [B,looks,…] -> [B·looks,…]  # noqa: E731
+    repeat = lambda v: jnp.repeat(v, looks, axis=0)  # noqa: E731
 
     def seen(x: Image, y: Label) -> View:
-      repeat = lambda v: jnp.repeat(v, looks, axis=0)  # noqa: E731
       x = jittered(repeat(x), flat(jitter_keys), c.jitter)
       return view(net(clf), flat(masks), x, repeat(y), c, slope > 0)
 
+    own = repeat(carry.own)
     if carry.views is None:
-      wanted = jax.lax.stop_gradient(seen(carry.x, carry.label))
+      linear = linear_view(flat(masks), repeat(carry.evidence))
+      wanted = jax.lax.stop_gradient(_either(own, seen(carry.x, carry.label), linear))
     else:
       at = lambda v: flat(jax.vmap(lambda w, i: w[i])(v, place))  # noqa: E731
       wanted = jax.tree.map(at, carry.views)
     got = seen(x, y)
     apart = misfit(got.u, wanted.u, bound)
     if got.slope is not None and wanted.slope is not None:
-      apart += slope * _norm(got.slope - wanted.slope) / _norm(wanted.slope)
+      # Evidence that is spread evenly has the smallest slope; an empty map has none at all.
+      least = jnp.where(own, 0, (GONE - SURE) / c.size)
+      scale = jnp.maximum(_norm(wanted.slope), least)
+      apart += slope * _norm(got.slope - wanted.slope) / scale
     apart = apart.reshape(n, looks).mean(1)
     return Unrolled(None, carry, jnp.zeros(n, jnp.float32), clf(x).logits, apart)
 
@@ -401,8 +463,17 @@ def mask(
     begin_passes=2 * c.steps + 1 + (0 if varies else clean * c.steps),
     exact=False,
     random=random,
+    shares_pass=True,
     settings=c,
   )
+
+
+def _either(own: Array, clean: View, linear: View) -> View:
+  """Per example, what is seen of the clean image or over `linear_view`."""
+  u = jnp.where(own, clean.u, linear.u)
+  if clean.slope is None or linear.slope is None:
+    return View(u, None)
+  return View(u, jnp.where(own[:, None, None], clean.slope, linear.slope))
 
 
 def _draw(

@@ -63,6 +63,7 @@ def rts(decoder: Decoder, encoder_weight: float = 0.1) -> Interpreter:
     name='rts',
     passes=(1, 4, 2),  # a pass of its own net counts as one of the classifier's
     classes=decoder.classes,
+    shares_pass=True,
   )
 
 

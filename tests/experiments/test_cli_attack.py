@@ -137,6 +137,36 @@ def test_mask_has_its_ceiling_beside_it(victim, tmp_path, monkeypatch, preset):
   assert not (path / 'maps/again').exists()
 
 
+def test_the_joint_attack_is_one_image_judged_by_each(victim, tmp_path, bars):
+  """Its files and rows; what is not among --attacks is not done; transfer and evaluate take it."""
+  flags = {'interpreters': ['grad', 'cam', 'joint'], 'attacks': ['pgd', 'adv2_joint']}
+  path = run(victim, tmp_path / 'run', **flags, num_examples=3)
+  assert bars[0].total == bars[0].n == 6  # PGD's images and these
+  names = [f'{i:06d}' for i in range(2, 5)]
+  images = {f'examples/{a}/{i}.png' for a in ('benign', 'pgd', 'adv2_joint') for i in names}
+  assert contents(path, 'examples').keys() == images
+  rows = rows_of(path)
+  found = [(r['interpreter'], r['attack']) for r in rows]
+  assert found == [(n, a) for n in ('grad', 'cam') for a in ('benign', 'pgd', 'adv2_joint')]
+  joint = [r for r in rows if r['attack'] == 'adv2_joint']
+  parts = [interpreters.build(n, SIZE, 'smooth') for n in ('grad', 'cam')]
+  spent = interpreters.joint(dict(zip('gc', parts, strict=True))).passes
+  for row, name in zip(joint, ('grad', 'cam'), strict=True):
+    assert row['gradient_evaluations'] == 4
+    assert row['network_passes'] == 4 * spent[1] + spent[2] + spent[0]
+    for i in names:
+      assert (path / f'maps/adv2_joint/{name}/{i}.npy').exists()
+  assert joint[0]['asr'] == joint[1]['asr']
+  assert joint[0]['map_l1_all'] != joint[1]['map_l1_all']
+  assert len(evaluate.rescore(str(path))) == 6
+  for record in (path / 'shards').glob('adv2_joint-cam-*.json'):
+    record.unlink()
+  before = contents(path, 'examples', 'maps', 'examples.csv')
+  run(victim, path, resume=True, **flags, num_examples=3)
+  assert contents(path, 'examples', 'maps', 'examples.csv') == before
+  assert rows_of(path) == rows
+
+
 def test_each_line_of_examples_csv_is_true(finished, victim):
   """Recomputed from the PNGs by the real net, in this test's own words."""
   clf = zoo.load_classifier('scene_resnet', victim['weights'])

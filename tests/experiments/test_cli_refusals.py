@@ -33,7 +33,16 @@ from experiments import attack
     ({'data_path': None}, '--dataset npz needs --data_path'),
     ({'weights': 'nowhere.npz'}, 'nowhere.npz'),
     ({'target_map': 'circle'}, "--target_map is 'circle'; expected benign, random_class"),
-    ({'interpreters': ['mask'], 'target_map': 'random_patch'}, 'mask, --preset fast can only keep'),
+    ({'interpreters': ['mask'], 'target_map': 'away'}, 'mask under --preset fast comes close to'),
+    ({'interpreters': ['cam', 'joint']}, 'cam,joint: joint attacks two interpreters or more'),
+    ({'interpreters': ['cam', 'joint', 'joint', 'grad']}, 'joint attacks two interpreters or more'),
+    ({'interpreters': ['cam', 'rts', 'joint']}, 'no built-in decoder for scene_resnet with .*net'),
+    (
+      {'interpreters': ['cam', 'grad', 'joint'], 'preset': 'authors'},
+      '--preset authors has no joint attack, nobody published one',
+    ),
+    ({'attacks': ['pgd', 'adv3']}, '--attacks is pgd,adv3; expected some of benign, again'),
+    ({'attacks': []}, '--attacks is ; expected some of benign'),
     (
       {'interpreters': ['rts']},
       'no built-in decoder for scene_resnet with .*net.safetensors',

@@ -54,7 +54,8 @@ def test_what_is_wrong_is_the_last_line_on_stderr(ran, name, flags, message):
     ({'weights': 'other.npz'}, ['grad', 'cam', 'mask']),  # the decoder was not trained with these
     ({'weights': 'other.npz', 'decoder': 'rts.safetensors'}, ['grad', 'cam', 'mask', 'rts']),
     ({'model': 'resnet50'}, ['grad', 'cam', 'mask']),
-    ({'target_map': 'random_patch'}, ['grad', 'cam', 'rts']),
+    ({'target_map': 'random_patch'}, ['grad', 'cam', 'mask', 'rts']),
+    ({'target_map': 'away'}, ['grad', 'cam', 'rts']),
     ({'target_map': 'random_patch', 'preset': 'authors'}, ['grad', 'cam', 'mask', 'rts']),
   ],
 )

@@ -87,3 +87,36 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path, monkeypatch):
   assert not said
   _process.keep_compiled('')  # also one that JAX has by its own variable
   assert said == [('jax_enable_compilation_cache', False)]
+
+
+DAMAGED = """
+  import pathlib, warnings
+  import jax
+  from experiments import _process
+
+  warnings.simplefilter('error')
+  _process.keep_compiled('cache')
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  double = jax.jit(lambda x: 2 * x)
+  assert double(3.0) == 6
+  files = list(pathlib.Path('cache').glob('*/*-cache'))
+  assert files
+  for file in files:
+    file.write_bytes(file.read_bytes()[:40])
+  jax.clear_caches()
+  assert double(3.0) == 6
+"""
+
+
+def test_a_program_that_was_cut_short_is_compiled_anew_without_a_word(tmp_path):
+  env = os.environ | {'PYTHONPATH': str(cli.TREE)}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(DAMAGED)],
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stderr) == (0, '')

@@ -119,6 +119,7 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
   """Selector and decoder, stopped in the second epoch of the latter, and resumed."""
   flags = flag_defaults(_flags.define_train_flags) | {
     'task': 'rts',
+    'image_size': 32,
     'num_examples': 16,
     'batch_size': 8,
     'selector_steps': 2,
@@ -138,7 +139,8 @@ def test_the_command_trains_a_decoder_that_the_attack_takes(tmp_path):
 
   original = training.fit
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_train_rts, 'HELD_OUT', 25)
+    patch.setattr(_train_rts, 'HELD_OUT', 9)
+    patch.setattr(_train_rts, '_BATCH', 9)
     patch.setattr(train_command, 'SAVE_EVERY', 3)
     patch.setattr(_train_rts, '_SHOWN', 3)
     train_command.run(flags | {'workdir': str(tmp_path / 'whole')})

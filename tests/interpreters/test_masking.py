@@ -212,11 +212,71 @@ def test_the_hyper_gradient_of_the_solution_against_finite_differences():
 
 
 def test_the_path_is_the_solver_s():
-  path = jax.jit(M.solver_path, static_argnums=4)(CLF, X, Y, KEYS, SMALL)
+  path, end = jax.jit(M.solver_path, static_argnums=4)(CLF, X, Y, KEYS, SMALL)
   assert path.shape == (3, SMALL.steps, 4, 4)
   for i in (0, 1, 7):
     there = solve(CLF, X, Y, KEYS, SMALL, steps=i).mask
     np.testing.assert_allclose(path[:, i], there, atol=1e-5)
+  np.testing.assert_allclose(end, solve(CLF, X, Y, KEYS, SMALL).mask, atol=1e-4)
+
+
+def patches(size):
+  """Three maps [3,size,size]: a box, noisy as random patches are; a faint one; an empty one."""
+  rng, box = np.random.RandomState(0), np.zeros((size, size), bool)
+  box[1 : size // 2, size // 4 : -size // 4] = True
+  noisy = np.where(box, rng.uniform(0.9, 1, box.shape), rng.uniform(0, 0.1, box.shape))
+  return box, jnp.asarray([noisy, 0.3 * noisy, 0 * noisy], jnp.float32)
+
+
+@pytest.mark.parametrize('config', [M.SCENES, M.MaskConfig(jitter=0)])
+def test_over_the_linear_view_the_solver_ends_near_the_map(config):
+  """That no class is at stake with an empty map is what keeps the mask whole."""
+  box, maps = patches(config.size)
+  _, end = jax.jit(M.linear_path, static_argnums=1)(M.evidence_of(maps), config)
+  found = np.asarray(1 - end)
+  for one in found[:2]:  # the strength of a map is not what counts
+    top = np.zeros_like(box)
+    top.flat[np.argsort(-one, axis=None)[: box.sum()]] = True
+    assert (top & box).sum() / (top | box).sum() > 0.8
+    assert one[box].mean() > 3 * one[~box].mean()
+  np.testing.assert_allclose(found[2], 0, atol=1e-3)
+
+
+def test_the_linear_view_s_slope_is_its_derivative():
+  _, maps = patches(4)
+  m = jnp.asarray(np.random.RandomState(0).uniform(0, 1, (3, 4, 4)), jnp.float32)
+  e = M.evidence_of(maps)
+  slope = jax.grad(lambda m: M.linear_view(m, e).u.sum())(m)
+  np.testing.assert_allclose(M.linear_view(m, e).slope, slope, atol=1e-5)
+  kept, gone = M.linear_view(jnp.ones_like(m), e).u, M.linear_view(jnp.zeros_like(m), e).u
+  np.testing.assert_allclose(kept, [M.SURE, M.SURE, -M.GONE], rtol=1e-5)
+  np.testing.assert_allclose(gone, [M.GONE, M.GONE, -M.GONE], rtol=1e-5)
+
+
+@pytest.mark.parametrize('jitter', [0, 3])
+def test_the_way_is_the_one_that_ends_closer_to_the_map(jitter):
+  """The clean image's for its own map; else the linear one, where what is seen is known."""
+  c = SMALL._replace(jitter=jitter, area=0.1)
+  interpreter = interpreters.mask(c)
+  label = tiny.outputs(CLF, X).logits.argmax(-1)
+  maps = 1 - solve(CLF, X, label, KEYS, c).mask
+  maps = maps.at[1].set(1 - maps[1]).at[2].set(jnp.eye(4))
+
+  @jax.jit
+  def look(clf):
+    landscape = interpreter.begin(clf, X, Y, maps, KEYS)
+    return landscape, interpreter.unroll(clf, X, label, landscape, KEYS).distance
+
+  landscape, distance = look(CLF)
+  np.testing.assert_array_equal(landscape.own, [True, False, False])
+  e = M.evidence_of(maps)
+  linear = M.linear_path(e, c)[0]
+  np.testing.assert_allclose(landscape.path[1:], linear[1:], atol=1e-5)
+  assert distance[0] < 1e-3 < 0.1 < distance[1:].min()
+  if not jitter:
+    seen = M.linear_view(linear[:, 5], e)
+    np.testing.assert_allclose(landscape.views.u[1:, 5], seen.u[1:], rtol=1e-4)
+    np.testing.assert_allclose(landscape.views.slope[1:, 5], seen.slope[1:], rtol=1e-4)
 
 
 def test_the_masks_looked_at_are_about_the_path_and_denser_where_it_begins():
@@ -256,7 +316,7 @@ def test_nothing_is_amiss_on_the_clean_image_and_its_own_class(jitter, options):
 
   @jax.jit
   def distance(clf, x, y):
-    landscape = interpreter.begin(clf, X, y, None, KEYS)
+    landscape = interpreter.begin(clf, X, y, interpreter.explain(clf, X, own, KEYS), KEYS)
     assert (landscape.views is None) == (jitter > 1 or 'noise' in options)
     return interpreter.unroll(clf, x, y, landscape, KEYS).distance
 
@@ -292,10 +352,9 @@ def test_the_attack_keeps_the_map():
   target = (y + 1) % tiny.CLASSES
   benign = api.explain(clf, interpreter, x, y, jax.vmap(jax.random.key)(jnp.arange(8)))
   epsilon, key = 0.2, jax.random.key(0)
-  with pytest.warns(UserWarning, match='keeps the benign map; the target_map given'):
-    found = api.attack(
-      clf, interpreter, x, target=target, label=y, target_map=benign, epsilon=epsilon, steps=60
-    )
+  found = api.attack(
+    clf, interpreter, x, target=target, label=y, target_map=benign, epsilon=epsilon, steps=60
+  )
   batch = tiny.batch(x, target, benign)
   plain, _ = api.attack_batch(presets.plain_pgd('fast'), clf, interpreter, batch, epsilon, key)
   hit = np.asarray(found.success & (tiny.outputs(clf, plain).logits.argmax(-1) == target))
@@ -371,16 +430,6 @@ def test_a_warm_start_from_a_solution_moves_anew_and_ends_as_low():
 def test_a_surrogate_of_fixed_activation_is_taken_as_it_is():
   fixed = CLF.replace(surrogate_fn=lambda p, x: CLF.surrogate_fn(p, x))
   interp = interpreters.mask(SMALL)
-  carry = interp.begin(fixed, X, Y, None, KEYS)
+  carry = interp.begin(fixed, X, Y, jnp.full((3, 4, 4), 0.5), KEYS)
   seen = interp.unroll(fixed, X, (Y + 1) % 5, carry, KEYS)
   assert (seen.distance > 0).all()
-
-
-@pytest.mark.filterwarnings('ignore:.*the same everywhere')
-def test_a_label_that_is_not_predicted_is_told():
-  seen = tiny.outputs(CLF, X).logits.argmax(-1)
-  other = (seen + 1) % tiny.CLASSES
-  with pytest.warns(UserWarning, match='for image 0 that is .*, not its label'):
-    api.attack(
-      CLF, interpreters.mask(SMALL), X, target=(seen + 2) % tiny.CLASSES, label=other, steps=1
-    )
