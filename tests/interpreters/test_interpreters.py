@@ -44,8 +44,8 @@ def attacked(name):
 
   @jax.jit
   def run(clf, x, weights):
-    wanted = jax.lax.stop_gradient(interpreter.explain(clf, 1 - x, Y, KEYS))
-    carry = interpreter.begin(clf, 1 - x, Y, wanted, KEYS)
+    benign = jax.lax.stop_gradient(interpreter.explain(clf, 1 - x, Y, KEYS))
+    carry = interpreter.begin(clf, 1 - x, Y, benign, KEYS)
 
     def loss(x):
       seen = interpreter.unroll(clf, x, Y, carry, KEYS)
