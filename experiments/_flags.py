@@ -270,6 +270,10 @@ def _check_joint(c: Mapping[str, Any]) -> None:
     raise InputError(
       f'{given}: --preset authors has no joint attack, nobody published one; take --preset fast'
     )
+  if c['framework'] != 'pgd':
+    raise InputError(
+      f'{given}: --framework {c["framework"]} has no joint attack so far; take --framework pgd'
+    )
 
 
 def _check_attacks(names: Sequence[str] | None) -> None:

@@ -89,6 +89,11 @@ def by_name(
   """
   check(framework, norm, tau=tau, kappa=kappa)
   linf = presets.by_name(preset, name, steps_s1, steps_s2, goal=goal)  # checks what they share
+  if name == 'joint' and framework != 'pgd':
+    raise InputError(
+      f"framework {framework!r} has no joint attack so far: take framework 'pgd', or attack one "
+      'interpreter after the other'
+    )
   if framework == 'cw':
     return cw.by_name(preset, name, _sum(steps_s1, steps_s2), goal, kappa or 0.0)
   if framework == 'stadv' and preset == 'authors':

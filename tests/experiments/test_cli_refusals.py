@@ -41,6 +41,10 @@ from experiments import attack
       {'interpreters': ['cam', 'grad', 'joint'], 'preset': 'authors'},
       '--preset authors has no joint attack, nobody published one',
     ),
+    (
+      {'interpreters': ['cam', 'grad', 'joint'], 'framework': 'stadv', 'epsilon': None},
+      'joint: --framework stadv has no joint attack so far',
+    ),
     ({'attacks': ['pgd', 'adv3']}, '--attacks is pgd,adv3; expected some of benign, again'),
     ({'attacks': []}, '--attacks is ; expected some of benign'),
     (

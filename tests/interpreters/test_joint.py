@@ -162,6 +162,7 @@ def test_what_makes_no_joint(parts, weights, message):
     ({'target_map': jnp.zeros((3, 8, 8))}, 'target_map is one; a joint needs a mapping .*cam, '),
     ({'target_map': {'cam': jnp.zeros((3, 8, 8))}}, 'a mapping of cam; a joint needs .*grad'),
     ({'preset': 'authors'}, "preset 'authors' has no joint attack"),
+    ({'framework': 'cw'}, "framework 'cw' has no joint attack so far"),
     (
       {'goal': 'map_only', 'target_map': 'away', 'target': None},
       "joint under preset 'fast' comes close to target maps",
