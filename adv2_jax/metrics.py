@@ -46,6 +46,7 @@ MAP_FIELDS = (
   'map_kendall',
   'map_pearson',
   'map_centre',
+  'patch_iou',
   'two_class_l1',
   'pointing_game',
   'energy_inside',
@@ -266,6 +267,23 @@ def ssim(a: Map, b: Map, image_size: tuple[int, int]) -> Array:
   return (luminance * structure).mean((1, 2))
 
 
+def patch_iou(m: Map, patch: Array) -> Array:
+  """Intersection over union of the patch's cells P and the |P| most important ones of m, in [0,1].
+
+  Of cells that are equal the first ones count; NaN for an empty patch.
+
+  Args:
+    m: the maps, f32[B,h,w].
+    patch: bool[B,h,w].
+  """
+  _check_pair(m, patch)
+  flat, inside = m.reshape(len(m), -1), patch.reshape(len(m), -1).astype(bool)
+  cells = inside.sum(1, keepdims=True)
+  rank = jnp.argsort(jnp.argsort(-flat, axis=1, stable=True), axis=1)
+  common = (inside & (rank < cells)).sum(1).astype(jnp.float32)
+  return common / (2 * cells[:, 0] - common)
+
+
 # Maps of the true and of the target class.
 
 
@@ -450,6 +468,7 @@ def score(
   l2_radius: float | Array = math.inf,
   attacked: bool | Array = True,
   mask: Array | None = None,
+  patch: Array | None = None,
 ) -> dict[str, Array]:
   """Judges 8-bit images by the real network and fresh maps; every field of a record.
 
@@ -466,6 +485,7 @@ def score(
     attacked: whether the analyst sees the target explained, and not the true class, as for an image
       that was not attacked. Success and confidence are always of the target. May be traced.
     mask: bool[B,H,W], the true object, for the localisation fields.
+    patch: bool[B,h,w], the cells where the target map has a patch, for `patch_iou`.
 
   Returns:
     {field: [B]}. Fields: prediction, confidence, success, the map fields, linf, l2, out_of_set,
@@ -504,6 +524,8 @@ def score(
       'pointing_game': pointing_game(fresh, mask),
       'energy_inside': energy_inside(fresh, mask),
     }
+  if patch is not None:
+    scores['patch_iou'] = patch_iou(fresh, patch)
   return scores
 
 

@@ -80,9 +80,14 @@ def define_attack_flags() -> None:
   flags.DEFINE_enum('norm', 'linf', frameworks.NORMS, 'Of --epsilon; l2: pgd alone.')
   flags.DEFINE_float('tau', None, "stadv: weight of the flow's roughness; default: the preset's.")
   flags.DEFINE_float('kappa', None, 'cw: confidence, in logits; default: 0.')
-  flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, or FILE.npz.')
-  flags.DEFINE_string('target_label', 'random', 'random (another class; with rts, another of those '
-                      'that its decoder knows), least_likely, a class, or FILE.csv.')  # fmt: skip
+  flags.DEFINE_string('goal', 'deceive', 'deceive: a wrong class with the target map; map_only: '
+                      'the class stays, the map goes; class_only: plain PGD.')  # fmt: skip
+  flags.DEFINE_string('target_map', 'benign', 'benign, random_class, random_patch, path:A (that '
+                      "share of the way from the benign map to the target class's own), FILE.npz; "
+                      'with map_only also away or away_centre, from the benign one.')  # fmt: skip
+  flags.DEFINE_string('target_label', None, 'random (another class; with rts, another of those '
+                      'that its decoder knows; the default), least_likely, runner_up, untargeted '
+                      '(any wrong class), a class, or FILE.csv.')  # fmt: skip
   flags.DEFINE_float(
     'epsilon', None, 'Radius, in units of the image range, of pgd; L∞: default 0.031.'
   )
@@ -185,6 +190,8 @@ def config() -> dict[str, Any]:
   """The command's flags, by name."""
   flags_here = FLAGS.flags_by_module_dict()[__name__]
   found = {flag.name: flag.value for flag in sorted(flags_here, key=lambda f: f.name)}
+  if found.get('target_label', '') is None and found['goal'] != 'map_only':
+    found['target_label'] = 'random'
   if found.get('interpreters', ()) is None and 'dataset' in found:
     found['interpreters'] = default_interpreters(found)
   elif found.get('interpreters') == ['joint'] and 'preset' in found:
@@ -233,6 +240,8 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(f'--seed is {c["seed"]}; expected 0 ≤ seed < 2³²')
   if c['model'] not in nets.ZOO:
     raise InputError(f'--model {c["model"]!r} is unknown; expected one of {", ".join(nets.ZOO)}')
+  if 'goal' in c:
+    check_goal(c)
   check_interpreters(parts(c['interpreters']), c.get('decoder'))
   _check_joint(c)
   _check_attacks(c.get('attacks'))
@@ -280,6 +289,47 @@ def _check_attacks(names: Sequence[str] | None) -> None:
   unknown = [name for name in names or () if name not in store.ATTACKS]
   if names is not None and (unknown or not names):
     raise InputError(f'--attacks is {",".join(names)}; expected some of {", ".join(store.ATTACKS)}')
+
+
+def check_goal(c: Mapping[str, Any]) -> None:
+  """InputError for an unknown goal, or one that does not go with the targets."""
+  goal, kind = c['goal'], c['target_map']
+  if goal not in goals.NAMES:
+    raise InputError(f'--goal is {goal!r}; expected one of {", ".join(goals.NAMES)}')
+  path_share(kind)
+  if goal != 'map_only':
+    if kind in goals.AWAY:
+      raise InputError(
+        f'--target_map {kind} needs --goal map_only: there the benign map is to be left, here one '
+        'is to be reached'
+      )
+    return
+  if c['target_label'] is not None:
+    raise InputError(
+      f'--target_label {c["target_label"]}: with --goal map_only the class stays the true one; '
+      'leave the flag out'
+    )
+  if kind == 'benign' or path_share(kind) is not None:
+    raise InputError(
+      f'--goal map_only with --target_map {kind}: the map is there already; take away, '
+      'away_centre, random_class, random_patch or FILE.npz'
+    )
+
+
+def path_share(kind: str) -> float | None:
+  """α of `--target_map path:α`; None for others. InputError unless 0 ≤ α ≤ 1."""
+  if not kind.startswith('path:'):
+    return None
+  try:
+    share = float(kind.removeprefix('path:'))
+  except ValueError:
+    share = math.nan
+  if not 0 <= share <= 1:
+    raise InputError(
+      f'--target_map is {kind}; expected path:A with A from 0 (the benign map) to 1 (the map of '
+      'the target class), such as path:0.5'
+    )
+  return share
 
 
 def check_interpreters(names: Sequence[str], decoder: str | None) -> None:

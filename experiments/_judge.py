@@ -16,7 +16,7 @@ import numpy as np
 
 from adv2_jax import images, losses, metrics
 from adv2_jax.attacks import frameworks
-from adv2_jax.types import Array, InputError
+from adv2_jax.types import Array, InputError, Map
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results
 from experiments import _setup
@@ -44,6 +44,12 @@ _smoothness = jax.jit(images.flow_smoothness)
 two_class_maps = jax.jit(metrics.two_class_maps)
 predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
 runners_up = jax.jit(lambda clf, x, y: losses.runner_up(clf(x).logits, y))
+score = jax.jit(metrics.score)
+
+
+def patch_of(config: Mapping[str, Any], target_map: Map) -> Array | None:
+  """The cells of the random patch aimed at, bool[B,h,w]; None where another map is."""
+  return target_map > 0.5 if config.get('target_map') == 'random_patch' else None
 
 
 def commit_of(folder: pathlib.Path) -> str | None:
@@ -73,6 +79,7 @@ TABLE = {
   'map_l1': 'map L1',
   'map_iou': 'IoU',
   'map_spearman': 'Spearman',
+  'patch_iou': 'patch IoU',
   'out_of_set': 'outside',
   'gradient_evaluations': 'evals',
   'seconds': 'seconds',
@@ -81,10 +88,12 @@ TABLE = {
 
 def table(found: list[dict[str, Any]]) -> str:
   """The rows as a markdown table; empty ones are left out."""
-  lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE.values()) + ' |']
-  lines.append('|---' * (len(TABLE) + 3) + '|')
-  for row in (row for row in found if row['n']):
-    values = [row.get(field) for field in TABLE]
+  found = [row for row in found if row['n']]
+  fields = [f for f in TABLE if f != 'patch_iou' or any(r.get(f) is not None for r in found)]
+  lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE[f] for f in fields) + ' |']
+  lines.append('|---' * (len(fields) + 3) + '|')
+  for row in found:
+    values = [row.get(field) for field in fields]
     cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
     lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
   return '\n'.join(lines)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adv2_jax import api, data, images, interpreters, metrics, nets, validate
+from adv2_jax.attacks import goals
 from adv2_jax.classifier import Classifier
 from adv2_jax.data.base import UNDECODABLE
 from adv2_jax.interpreters.base import Interpreter
@@ -29,7 +30,7 @@ class Setup(NamedTuple):
   interpreters: dict[str, Interpreter]
   joint: Interpreter | None  # of all of them at once
   dataset: data.Dataset
-  target_of: Callable[[int, int, int], int]  # (id, label, least likely class) -> target class
+  target_of: Callable[[int, int, Any], int]  # (id, label, logits) -> target class
 
 
 class Examples(NamedTuple):
@@ -122,7 +123,15 @@ def load(config: dict[str, Any]) -> Setup:
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
   check_fit(clf, built, size)
   known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
-  target_of = _targets.labels(config['target_label'], config['seed'], dataset, shape[-1], known)
+  goal = _targets.goal_of(config)
+  if goal.holds:
+    target_of = lambda i, label, logits: label  # noqa: E731
+  else:
+    target_of = _targets.labels(config['target_label'], config['seed'], dataset, shape[-1], known)
+  if goal.untargeted:
+    for interpreter in built.values():
+      what = '--target_label untargeted: the class predicted'
+      validate.explicable(np.arange(shape[-1]), interpreter, what)
   # Copied to all devices here, once; else with every batch. A dict as a whole would be sorted.
   place = functools.partial(jax.device_put, device=NamedSharding(mesh_of(config), P()))
   built = {name: place(interpreter) for name, interpreter in built.items()}
@@ -192,6 +201,7 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
   is taken for. `attacked`: the targets are to be explained, too.
   """
   c, dataset = setup.config, setup.dataset
+  holds = _targets.goal_of(c).holds  # then the target is the true class
   chosen: list[int] = []
   labels: list[int] = []
   targets: list[int] = []
@@ -204,11 +214,11 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
     if logits is None:
       damaged.append(i)
       continue
-    best, worst = int(logits.argmax()), int(logits.argmin())
+    best = int(logits.argmax())
     label = int(dataset.labels[i]) if dataset.is_labelled else best
     met.setdefault(best, []).append(i)
     look.add(logits, label)
-    if best == label and (target := setup.target_of(i, label, worst)) != label:
+    if best == label and ((target := setup.target_of(i, label, logits)) != label or holds):
       chosen.append(i)
       labels.append(label)
       targets.append(target)
@@ -246,8 +256,16 @@ def select(setup: Setup, attacked: bool = True) -> Examples:
   others = [_next(met[label], i) for i, label in zip(chosen, labels, strict=True)]
   donors = [-1] * len(chosen)
   if c['target_map'] == 'random_class':
-    of_class = {target: _donor(setup, target) for target in sorted(set(targets))}
-    donors = [of_class[target] for target in targets]
+    if holds:
+      donors = others
+      if -1 in others:
+        raise InputError(
+          f'--target_map random_class: example {chosen[others.index(-1)]} is the only one taken '
+          f'for class {labels[others.index(-1)]}; take --target_map random_patch or away'
+        )
+    else:
+      of_class = {target: _donor(setup, target) for target in sorted(set(targets))}
+      donors = [of_class[target] for target in targets]
   ints = functools.partial(np.array, dtype=np.int32)
   return Examples(
     ints(chosen),
@@ -320,13 +338,18 @@ def _masks(dataset: data.Dataset, ids: np.ndarray, shape: tuple[int, ...]) -> np
   return np.stack([np.zeros(shape, bool) if m is None else m for m in masks])
 
 
-def target_map(setup: Setup, shard: Shard, name: str, clean: Map, given: dict) -> Map:
-  """The map that the attack on interpreter `name` wants, f32[B,h,w]; `clean` is the benign one."""
+def target_map(setup: Setup, shard: Shard, name: str, clean: Array, given: dict) -> Map:
+  """The map that the attack on interpreter `name` wants, or is to leave, f32[B,h,w].
+
+  `clean`: the clean image's maps, [2,B,h,w], of the true class (the benign one) and of the target.
+  """
   kind = setup.config['target_map']
-  if kind == 'benign':
-    return clean
+  if kind == 'benign' or kind in goals.AWAY:
+    return clean[0]
+  if (share := _flags.path_share(kind)) is not None:
+    return (1 - share) * clean[0] + share * clean[1]
   if kind == 'random_patch':
-    seed, shape = setup.config['seed'], clean.shape[1:]
+    seed, shape = setup.config['seed'], clean.shape[2:]
     return jnp.asarray([_targets.random_patch(seed, int(i), shape) for i in shard.id])
   if kind == 'random_class':
     x = jnp.asarray(images.from_uint8(setup.dataset.images(shard.donor)))

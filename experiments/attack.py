@@ -26,6 +26,7 @@ import tqdm
 
 from adv2_jax import api, images, metrics
 from adv2_jax.attacks import frameworks
+from adv2_jax.attacks.goals import Goal
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array, InputError, Key, Map, PyTree
 from adv2_jax.workdir import health, report, store
@@ -71,13 +72,19 @@ SHARED = ('pgd', 'adv2_joint')  # one image for all interpreters
 def attacks_on(setup: _setup.Setup, interpreter: Interpreter) -> tuple[str, ...]:
   """The rows of a table for this interpreter."""
   wanted = setup.config['attacks'] or store.ATTACKS
-  applies = {'again': interpreter.random, 'adv2_joint': setup.joint is not None}
+  of_maps = setup.config['goal'] != 'class_only'
+  applies = {
+    'again': interpreter.random,
+    'adv2': of_maps,
+    'adv2_joint': of_maps and setup.joint is not None,
+  }
   return tuple(a for a in store.ATTACKS if a == 'benign' or (a in wanted and applies.get(a, True)))
 
 
 def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   """The schedule of an attack on an interpreter."""
   space = {k: config[k] for k in ('framework', 'norm', 'tau', 'kappa')}
+  space['goal'] = _targets.goal_of(config)
   if attack == 'pgd':
     steps = [config['steps_s1'] or 0, config['steps_s2']]
     return frameworks.plain(config['preset'], sum(steps) if config['steps_s2'] else None, **space)
@@ -119,6 +126,11 @@ class Run(NamedTuple):
   bar: tqdm.tqdm
   watch: Stopwatch
 
+  @property
+  def goal(self) -> Goal:
+    """What the flags ask for."""
+    return _targets.goal_of(self.setup.config)
+
   def one_shard(self, shard: _setup.Shard) -> None:
     """All that is missing of one batch: attacked, judged and written."""
     plain = joint = None  # one image serves all
@@ -151,7 +163,7 @@ class Run(NamedTuple):
 
   def wanted(self, shard: _setup.Shard, name: str, clean: Array) -> Array:
     """The map that the attack on interpreter `name` wants."""
-    wanted = _setup.target_map(self.setup, shard, name, clean[0], self.given_maps)
+    wanted = _setup.target_map(self.setup, shard, name, clean, self.given_maps)
     return jax.device_put(wanted, shard.label.sharding)
 
   def others(self, shard: _setup.Shard) -> Array:
@@ -160,15 +172,24 @@ class Run(NamedTuple):
     x = images.from_uint8(self.setup.dataset.images(ids))
     return jax.device_put(x, shard.label.sharding)  # placed otherwise, `score` compiles again
 
-  def maps(self, shard: _setup.Shard, name: str, attack: str, x8: Array, keys: Key) -> Array:
+  def maps(
+    self,
+    shard: _setup.Shard,
+    name: str,
+    attack: str,
+    x8: Array,
+    keys: Key,
+    target: Array | None = None,
+  ) -> Array:
     """Fresh maps for the true class and for the target, [2,B,h,w]; those of MASK take a while."""
+    target = shard.batch.target if target is None else target
     self.bar.set_postfix_str(f'{attack} {name}, making the maps to judge')
     return _judge.two_class_maps(
       self.setup.clf,
       self.setup.interpreters[name],
       x8,
       shard.label,
-      shard.batch.target,
+      target,
       keys,
     )
 
@@ -190,7 +211,9 @@ class Run(NamedTuple):
       recipe_of(config, attack, name),
       self.setup.clf,
       interpreter,
-      shard.batch._replace(target_map=wanted),
+      shard.batch._replace(
+        target_map=wanted, target=shard.label if self.goal.untargeted else shard.batch.target
+      ),
       config['epsilon'] or 0.0,
       jax.random.key(config['seed']),
       on_chunk=on_chunk,
@@ -229,21 +252,30 @@ class Run(NamedTuple):
     keys: Key | None = None,
     attacked: Attacked | None = None,
   ) -> None:
-    """Scores 8-bit images and writes those examples that are not done yet."""
+    """Scores 8-bit images and writes those examples that are not done yet.
+
+    Untargeted: judged by the most probable wrong class of these very images.
+    """
     keys = shard.keys if keys is None else keys
+    target = shard.batch.target
+    if self.goal.untargeted and attacked:
+      target = _judge.runners_up(self.setup.clf, x8, shard.label)
+      if (target != shard.batch.target).any():
+        clean = self.maps(shard, name, 'benign', shard.batch.x, shard.keys, target)
     if maps is None:
-      maps = self.maps(shard, name, attack, x8, keys)
+      maps = self.maps(shard, name, attack, x8, keys, target)
     scores = _judge.score(
       self.setup.clf,
       shard.batch.x,
       x8,
-      shard.batch.target,
+      target,
       wanted,
       clean,
       maps,
       **_judge.bounds(self.setup.config),
       attacked=attacked is not None,
       mask=shard.mask,
+      patch=_judge.patch_of(self.setup.config, wanted),
     )
     fresh = maps[int(attacked is not None)]
     keep = shard.is_real & ~np.isin(shard.id, list(self.done[attack, name]))
@@ -263,7 +295,7 @@ class Run(NamedTuple):
         'perturbation set, so nothing of its batch was written; this is a fault: please report it'
       )
     files = [self.setup.dataset.file(i) for i in shard.id]
-    columns = {'id': shard.id, 'label': shard.label, 'target': shard.batch.target, 'file': files}
+    columns = {'id': shard.id, 'label': shard.label, 'target': target, 'file': files}
     extras: dict[str, Any] = {}
     if attacked:
       columns |= attacked.columns
@@ -283,6 +315,7 @@ def rows(
   setup: _setup.Setup, workdir: Workdir, num_skipped: int, seen: health.Health
 ) -> Iterator[dict[str, Any]]:
   """The rows of metrics.json: one per interpreter and attack; `seen` looks at their records."""
+  goal = _targets.goal_of(setup.config)
   for name, interpreter in setup.interpreters.items():
     for attack in attacks_on(setup, interpreter):
       spent: dict[str, Any] = dict.fromkeys(SPENT)
@@ -292,6 +325,7 @@ def rows(
         'interpreter': name,
         'attack': attack,
         'framework': setup.config['framework'],
+        'goal': goal.name,
         'target_map': setup.config['target_map'],
         'n_skipped': num_skipped,
         **figures,
@@ -324,7 +358,7 @@ def run(config: dict[str, Any]) -> Workdir:
   digests = _digests.of_inputs(config, data=setup.dataset)
   store.check_digests(path, config, digests)
   given = {}
-  if config['target_map'] not in _targets.MAPS:
+  if _targets.is_file(config['target_map']):
     given = _targets.read_maps(config['target_map'], _flags.parts(config['interpreters']))
   examples = _setup.select(setup)
   _setup.check_given_maps(setup, examples, given)
@@ -332,6 +366,7 @@ def run(config: dict[str, Any]) -> Workdir:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
   workdir = Workdir.create(path, config, resume, digests)
+  goal = _targets.goal_of(config)
   done = {
     (attack, name): workdir.done(attack, name)
     for name, interpreter in setup.interpreters.items()
@@ -357,7 +392,7 @@ def run(config: dict[str, Any]) -> Workdir:
     progress = Run(setup, workdir, done, given, bar, Stopwatch())
     for shard in _setup.shards(setup, examples, left):
       progress.one_shard(shard)
-  seen = health.Health()
+  seen = health.Health(stays=goal.holds)
   found = list(rows(setup, workdir, examples.num_skipped, seen))
   told = seen.found(examples.num_seen, examples.num_correct, examples.omitted)
   workdir.finish(found, _judge.environment(config), _names.of(setup), told)

@@ -30,7 +30,8 @@ from experiments._judge import Disagreement
 # What another device may change. IoU and top-k count cells, and one may cross the threshold.
 CELL = 0.02
 TOLERANCE = {
-  **{'map_iou': 0.03, 'map_topk': 0.03, 'map_ssim': 0.01, 'pointing_game': 0.0},
+  **{'map_iou': 0.03, 'map_topk': 0.03, 'patch_iou': 0.03},
+  **{'map_ssim': 0.01, 'pointing_game': 0.0},
   **{'map_spearman': 0.01, 'map_kendall': 0.01, 'map_pearson': 0.01},
 }
 OTHERWISE = 2e-3
@@ -95,17 +96,19 @@ def _judged(
   clean_maps = maps_of(x=clean)
   maps = clean_maps if kind == 'benign' else maps_of(x=x8)
   attacked = kind not in store.NOT_PERTURBED
+  wanted = _judge.read_maps(results, 'target', name, padded)
   scores = _judge.score(
     clf,
     clean,
     x8,
     target,
-    _judge.read_maps(results, 'target', name, padded),
+    wanted,
     clean_maps,
     maps,
     **_judge.bounds(results.config),
     attacked=attacked,
     mask=_judge.read_masks(results, padded, clean.shape[1:3]),
+    patch=_judge.patch_of(results.config, wanted),
   )
   if attacked and results.config.get('framework') == 'stadv':
     scores |= _flows(results, name, kind, padded, clean, x8)

@@ -33,9 +33,13 @@ _MEANING = {
 
 
 class Health:
-  """Counts examples, each once, whatever number of attacks and interpreters it went through."""
+  """Counts examples, each once, whatever number of attacks and interpreters it went through.
 
-  def __init__(self):
+  `stays`: the class is to stay what it is, so that being there before the attack says nothing.
+  """
+
+  def __init__(self, stays: bool = False):
+    self._stays = stays
     self._ids: dict[str, set[int]] = {name: set() for name in (*_FIELDS, 'already_at_target')}
 
   def watch(self, attack: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -44,7 +48,7 @@ class Health:
       for name, field in _FIELDS.items():
         if record.get(field):
           self._ids[name].add(record['id'])
-      if attack == 'benign' and record['success']:
+      if attack == 'benign' and record['success'] and not self._stays:
         self._ids['already_at_target'].add(record['id'])
       yield record
 

@@ -94,6 +94,12 @@ _TABLE = (
     'is the same order, 0 unrelated.',
   ),
   _Column(
+    'patch_iou',
+    'patch IoU',
+    _three,
+    'Overlap of the patch aimed at and as many of the most important cells of the map.',
+  ),
+  _Column(
     'map_ssim',
     'SSIM',
     _three,
@@ -236,10 +242,28 @@ def _lead(results: Results) -> str:
   skipped = max((r.get('n_skipped') or 0 for r in rows), default=0)
   more = f' Skipped besides: {skipped}, classified wrongly, or of the target class already.'
   return _e(
-    f'{n} correctly classified images were attacked{limit} so that the classifier reports a '
-    'chosen wrong class. PGD cares about the class only; ADV² also makes the interpreter draw the '
-    'map the analyst expects. All figures are for the saved 8-bit images, the real network and '
+    f'{n} correctly classified images were attacked{limit} so that {_aim(config)}. All figures are '
+    'for the saved 8-bit images, the real network and '
     f'freshly computed maps.{more if skipped else ""}'
+  )
+
+
+def _aim(config: Mapping[str, Any]) -> str:
+  """What the run was after, to follow "so that"."""
+  any_wrong = config.get('target_label') == 'untargeted'
+  wrong = f'the classifier reports {"any" if any_wrong else "a chosen"} wrong class'
+  if config.get('goal') == 'class_only':
+    return f'{wrong}; their maps were not aimed at'
+  if config.get('goal') != 'map_only':
+    return (
+      f'{wrong}. PGD cares about the class only; ADV² also makes the interpreter draw the map the '
+      'analyst expects'
+    )
+  away = str(config.get('target_map')).startswith('away')
+  map_aim = 'leaves the benign one' if away else 'comes close to the target map'
+  return (
+    f'the class stays the true one (success) while its map {map_aim}. PGD cares about the class '
+    f'only{"; map figures are against the benign map, and far from it is what is wanted" * away}'
   )
 
 
@@ -258,7 +282,8 @@ def _cards(results: Results) -> Iterator[str]:
     lines = [f'<h3>{_e(interpreter.upper())}</h3>']
     if adv2.get('asr') is not None:
       lines.append(f'<p class="big">{_share(adv2["asr"])}</p><p>of {figures.label(attack)} images')
-      lines.append(' are taken for the target class</p>')
+      target = 'true' if results.config.get('goal') == 'map_only' else 'target'
+      lines.append(f' are taken for the {target} class</p>')
     for field, name in (('map_l1', 'map L1'), ('map_iou', 'map IoU')):
       if adv2.get(field) is not None:
         before = f'{_three(pgd[field])} → ' if pgd.get(field) is not None else ''
