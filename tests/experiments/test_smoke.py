@@ -59,7 +59,7 @@ def test_every_command_works(name, victim, tmp_path, pictures):
   for shown in ('benign cam, making the maps', 'adv2 cam step 2/2, success', 'adv2 cam judged, '):
     assert shown in err
   config = json.loads((tmp_path / 'a/metrics.json').read_text())['config']
-  assert config == cli.defaults() | attack | {'compilation_cache': None}
+  assert config == cli.defaults() | attack | {'compilation_cache': None, 'target_label': 'random'}
   assert (tmp_path / 'e/explain.json').exists()
   assert (tmp_path / 't/scene_resnet.safetensors').exists()
   if name in PLAIN:
