@@ -265,10 +265,9 @@ def attack(
     target: i32[B], the class wanted. None: untargeted, any class but the true one, and the map is
       that of the class then predicted; with goal 'map_only' the true class.
     target_map: f32[B,h,w] in [0,1], for a joint a mapping by name; None: the benign one, the map
-      of x for `label`. With goal 'map_only'
-      also 'away' (little of the map is to be left where the benign one is strongest, `top_mass`)
-      or 'away_centre' (its centre of mass is to move far, `centre_kept`); figures are then against
-      the benign map.
+      of x for `label`. With goal 'map_only' also 'away' (little of the map is to be left where the
+      benign one is strongest, `top_mass`) or 'away_centre' (its centre of mass is to move far,
+      `centre_kept`); figures are then against the benign map.
     label: i32[B], the true class; None: what the classifier predicts for x.
     goal: 'deceive', class and map; 'map_only', the class stays the true one, and success is that it
       is predicted; 'class_only', plain PGD on the class.
@@ -347,7 +346,6 @@ def attack(
     validate.targets_differ(target, label)
   if target_map is None:
     validate.explicable(label, interpreter, 'label')
-  if target_map is None:
     target_map = explain(clf, interpreter, x, label, keys)
   ids = jnp.arange(len(rows), dtype=jnp.int32)
   batch = Batch(ids, x, target, target_map, ids < n)

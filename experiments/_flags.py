@@ -249,8 +249,7 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(
       f'--target_map {c["target_map"]}: {refused[0]} under --preset fast comes close to maps, and '
       f'goes away from none; leave {refused[0]} out of --interpreters'
-      + ', or take --preset authors'
-      * (refused[0] == 'mask')
+      f'{", or take --preset authors" * (refused[0] == "mask")}'
     )
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(

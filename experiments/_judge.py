@@ -21,6 +21,13 @@ from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results
 from experiments import _setup
 
+NOT_KEPT = ('again', 'other')  # no image or map of these is written
+score = jax.jit(metrics.score)
+_smoothness = jax.jit(images.flow_smoothness)
+two_class_maps = jax.jit(metrics.two_class_maps)
+predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
+runners_up = jax.jit(lambda clf, x, y: losses.runner_up(clf(x).logits, y))
+
 
 def bounds(config: Mapping[str, Any]) -> dict[str, float]:
   """How far the images of a run may be from the clean ones, for `metrics.score`."""
@@ -36,15 +43,6 @@ def flow_figures(flow: Any) -> dict[str, np.ndarray]:
   smoothness, flow = _smoothness(flow), np.asarray(flow)
   largest = np.sqrt(np.square(flow).sum(-1)).max((1, 2))
   return {'flow_smoothness': np.asarray(smoothness), 'flow_max': largest}
-
-
-NOT_KEPT = ('again', 'other')  # no image or map of these is written
-score = jax.jit(metrics.score)
-_smoothness = jax.jit(images.flow_smoothness)
-two_class_maps = jax.jit(metrics.two_class_maps)
-predictions = jax.jit(lambda clf, x: clf(x).logits.argmax(-1))
-runners_up = jax.jit(lambda clf, x, y: losses.runner_up(clf(x).logits, y))
-score = jax.jit(metrics.score)
 
 
 def patch_of(config: Mapping[str, Any], target_map: Map) -> Array | None:

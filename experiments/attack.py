@@ -137,13 +137,13 @@ class Run(NamedTuple):
     clean = functools.cache(
       lambda name: self.maps(shard, name, 'benign', shard.batch.x, shard.keys)
     )
+    wanted = functools.cache(lambda name: self.wanted(shard, name, clean(name)))
     for name, interpreter in self.setup.interpreters.items():
       ids = set(shard.id.tolist())
       missing = [a for a in attacks_on(self.setup, interpreter) if not ids <= self.done[a, name]]
       if not missing:
         continue
-      wanted = self.wanted(shard, name, clean(name))
-      judge = functools.partial(self.judge, shard, name, wanted, clean(name))
+      judge = functools.partial(self.judge, shard, name, wanted(name), clean(name))
       if 'benign' in missing:
         judge('benign', shard.batch.x, maps=clean(name))
       if 'again' in missing:
@@ -154,11 +154,11 @@ class Run(NamedTuple):
         plain = plain or self.attack(shard, 'pgd', name, None)
         judge('pgd', plain.x, attacked=plain)
       if 'adv2' in missing:
-        found = self.attack(shard, 'adv2', name, wanted)
+        found = self.attack(shard, 'adv2', name, wanted(name))
         judge('adv2', found.x, attacked=found)
       if 'adv2_joint' in missing:
-        all_wanted = {n: self.wanted(shard, n, clean(n)) for n in self.setup.interpreters}
-        joint = joint or self.attack(shard, 'adv2_joint', 'joint', all_wanted)
+        of_all = {n: wanted(n) for n in self.setup.interpreters}
+        joint = joint or self.attack(shard, 'adv2_joint', 'joint', of_all)
         judge('adv2_joint', joint.x, attacked=joint)
 
   def wanted(self, shard: _setup.Shard, name: str, clean: Array) -> Array:

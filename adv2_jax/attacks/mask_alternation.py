@@ -222,10 +222,6 @@ def tracked(config: MaskConfig, *, looks: int = 4, renew: int = 50) -> Interpret
   """
   follow = config._replace(decay=False)
 
-  def explain(params: PyTree, clf: Classifier, x: Image, y: Label, keys: Key) -> Map:
-    del params
-    return 1 - masking.solve(clf, x, y, keys, config).mask
-
   def begin(params, clf, x, y, target_map, keys) -> Running:
     del params, clf, y, target_map, keys
     masking.check_fits(config, *x.shape[1:3])
@@ -248,16 +244,12 @@ def tracked(config: MaskConfig, *, looks: int = 4, renew: int = 50) -> Interpret
     return Unrolled(maps, carry, jnp.zeros(len(x), jnp.float32))
 
   renewal = 2 * config.steps // renew  # on the average
-  return Interpreter(
-    (),
-    explain,
-    unroll,
-    begin,
-    name='mask',
+  return masking.mask(config).replace(
+    unroll_fn=unroll,
+    begin_fn=begin,
     passes=(2 * config.steps, 2 + 2 * looks + 6 * looks + renewal, 1 + 4 * looks + renewal),
-    exact=False,
-    random=config.jitter > 1,
-    settings=config,
+    begin_passes=0,
+    shares_pass=False,
   )
 
 

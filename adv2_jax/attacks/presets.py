@@ -115,10 +115,10 @@ def closest_map(
 
   d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
   come after these. d is the attack's own map distance, which should be √mse; of several maps it is
-  their sum. Where `unroll` differs
-  from `explain` (GRAD, MASK), the map is made afresh on the real net; where it is random, with the
-  step's own random numbers, which no judge uses: an iterate is not kept for its luck with them. An
-  untargeted attack's t is the wrong class that leads, and a map of another one does not count.
+  their sum. Where `unroll` differs from `explain` (GRAD, MASK), the map is made afresh on the real
+  net; where it is random, with the step's own random numbers, which no judge uses: an iterate is
+  not kept for its luck with them. An untargeted attack's t is the wrong class that leads, and a map
+  of another one does not count.
   """
 
   def score(batch: Batch, snapshot: Snapshot) -> Array:

@@ -120,7 +120,7 @@ def test_padding_rows_change_nothing_and_a_second_call_compiles_nothing():
 
 
 def test_it_is_chosen_by_the_sum_of_the_distances():
-  """With exact parts alone the loop's own distances serve, else the maps are made afresh."""
+  """Of maps made afresh; MASK's own distance, which is of no map, does not count there."""
   batch = tiny.batch(X, TARGET, maps_of(PARTS, LABEL))
   joint = interpreters.joint(PARTS)
   score = presets.closest_map(CLF, joint, KEY, max_log_odds=1e9)
