@@ -566,12 +566,13 @@ def aggregate(rows: Iterable[Mapping[str, Any]], attacked: bool = True) -> dict[
       figures are over all examples.
 
   Returns:
-    n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes); the map fields as means over
-    successes, `…_median` likewise (not of the yes and no of the pointing game), `…_all` as means
-    over all; linf_max, l2_mean; flow_smoothness (mean) and flow_max; out_of_set, nonfinite,
-    zero_gradient, nonfinite_gradient and flat_maps as counts. A figure with no example to go by (no
-    success; no mask; a perturbation norm where none is defined; a gradient that nobody took; no
-    flow) is None. Examples that are not finite count as failures and are left out of the means.
+    n, asr, asr_ci95 (Wilson), mc (mean p(target) over successes), mc_all (over all); the map
+    fields as means over successes, `…_median` likewise (not of the yes and no of the pointing
+    game), `…_all` as means over all; linf_max, l2_mean; flow_smoothness (mean) and flow_max;
+    out_of_set, nonfinite, zero_gradient, nonfinite_gradient and flat_maps as counts. A figure with
+    no example to go by (no success; no mask; a perturbation norm where none is defined; a gradient
+    that nobody took; no flow) is None. Examples that are not finite count as failures and are left
+    out of the means.
   """
   columns = {field: array.array('d') for field in _AGGREGATED}
   for row in rows:
@@ -605,6 +606,7 @@ def aggregate(rows: Iterable[Mapping[str, Any]], attacked: bool = True) -> dict[
     'asr': mean(everything, 'success'),
     'asr_ci95': wilson_interval(int(successes.sum()), n),
     'mc': mean(successes, 'confidence'),
+    'mc_all': mean(finite, 'confidence'),
     **{field: mean(selected, field) for field in MAP_FIELDS},
     **{f'{field}_median': median(field) for field in MAP_FIELDS if field != 'pointing_game'},
     **{f'{field}_all': mean(finite, field) for field in MAP_FIELDS},

@@ -1,5 +1,6 @@
 """The flags of all commands; each calls the `define_…` functions it needs, then `start`."""
 
+import fractions
 import logging
 import math
 import sys
@@ -88,9 +89,9 @@ def define_attack_flags() -> None:
   flags.DEFINE_string('target_label', None, 'random (another class; with rts, another of those '
                       'that its decoder knows; the default), least_likely, runner_up, untargeted '
                       '(any wrong class), a class, or FILE.csv.')  # fmt: skip
-  flags.DEFINE_float(
-    'epsilon', None, 'Radius, in units of the image range, of pgd; L∞: default 0.031.'
-  )
+  flags.DEFINE_list('epsilon', None, 'Radius, in units of the image range, of pgd: a number or a '
+                    'fraction such as 8/255; L∞: default 0.031. Several: all of it once for '
+                    'each.')  # fmt: skip
   flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
@@ -120,6 +121,18 @@ def define_transfer_flags() -> None:
     'mean', None, "Its channel means; default: the weights' card's, else ImageNet's."
   )
   flags.DEFINE_list('std', None, 'Its channel deviations; default likewise.')
+
+
+def define_tables_flags() -> None:
+  """Which tables, of what."""
+  flags.DEFINE_list('table', None, 'Some of E1, E2, E3, E4, E6, E7, joint; or all.', required=True)
+  flags.DEFINE_enum('scale', 'cpu', ['smoke', 'cpu', 'full'], 'How many images: a few, 256 (64 '
+                    'where MASK is among the interpreters), or 2000 (500).')  # fmt: skip
+  flags.DEFINE_multi_string('on', None, "Other data and nets: 'NAME [N[/M]] --dataset …', flags of "
+                            'experiments.attack; N images, M where MASK is among the '
+                            'interpreters. May be repeated.')  # fmt: skip
+  flags.DEFINE_bool('scenes', True, 'Among the data.')
+  flags.DEFINE_string('workdir', None, 'Where tables and runs go; default: runs/tables-<scale>.')
 
 
 def define_train_flags() -> None:
@@ -197,12 +210,30 @@ def config() -> dict[str, Any]:
   elif found.get('interpreters') == ['joint'] and 'preset' in found:
     found['interpreters'] = [*default_interpreters(found), 'joint']
   # Flows and C&W have no radius, and that of L2 depends on the images.
+  if 'epsilon' in found:
+    found['epsilon'] = radii(found['epsilon'])
   if (found.get('framework'), found.get('norm')) == ('pgd', 'linf') and found['epsilon'] is None:
     found['epsilon'] = frameworks.EPSILON
   if 'resume' in found and not found['workdir']:
     task = f'train-{found["task"]}-{found["model"]}' if 'task' in found else None
     found['workdir'] = f'runs/{task}' if task else str(store.default_workdir(found))
   return found
+
+
+def radii(values: Sequence[str] | None) -> float | list[float] | None:
+  """The number of --epsilon, or its numbers where they are several; InputError for others."""
+  if values is None:
+    return None
+  try:
+    found = [float(fractions.Fraction(v)) if '/' in v else float(v) for v in values]
+  except (ValueError, ZeroDivisionError):
+    found = []
+  if not found:
+    raise InputError(
+      f'--epsilon is {",".join(values)}; expected a number or a fraction such as 0.031 or 8/255, '
+      'or several with commas between them'
+    )
+  return found if len(found) > 1 else found[0]
 
 
 def default_interpreters(c: Mapping[str, Any]) -> list[str]:
@@ -218,16 +249,21 @@ def _mask_is_refused(c: Mapping[str, Any]) -> bool:
 
 def check(c: dict[str, Any]) -> None:
   """InputError for a number out of range or an unknown name, before anything is loaded."""
-  is_given = c.get('epsilon') is not None
+  given = c.get('epsilon')
   frameworks.check(
     c.get('framework', 'pgd'),
     c.get('norm', 'linf'),
     tau=c.get('tau'),
     kappa=c.get('kappa'),
-    has_epsilon=is_given,
+    has_epsilon=given is not None,
   )
-  if is_given and not 0 < c['epsilon'] <= (math.inf if c.get('norm') == 'l2' else 1):
-    raise InputError(f'--epsilon is {c["epsilon"]}; expected 0 < epsilon ≤ 1, such as 0.031')
+  several = given if isinstance(given, list) else [given] if given is not None else []
+  for epsilon in several:
+    if not 0 < epsilon <= (math.inf if c.get('norm') == 'l2' else 1):
+      raise InputError(f'--epsilon is {epsilon}; expected 0 < epsilon ≤ 1, such as 0.031')
+  if len({store.part_name(epsilon) for epsilon in several}) < len(several):
+    told = ','.join(map(str, several))
+    raise InputError(f'--epsilon is {told}; expected each radius once')
   for low, names in (
     (1, ('num_examples', 'batch_size', 'image_size', 'steps_s2', 'num_devices')),
     (0, ('steps_s1', 'skip_examples')),
@@ -372,8 +408,9 @@ def start(main: Callable[[dict[str, Any]], Any]) -> None:
     if len(argv) > 1:
       sys.exit(f'unexpected argument {argv[1]!r}')
     _process.keep_compiled(FLAGS.compilation_cache)
-    c = config()
+    c: dict[str, Any] = {}
     try:
+      c = config()
       main(c)
     except InputError as error:
       sys.exit(str(error))

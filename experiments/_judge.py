@@ -72,6 +72,7 @@ def environment(config: dict[str, Any]) -> dict[str, Any]:
 
 
 TABLE = {
+  'epsilon': 'ε',
   'asr': 'ASR',
   'mc': 'MC',
   'map_l1': 'map L1',
@@ -87,14 +88,20 @@ TABLE = {
 def table(found: list[dict[str, Any]]) -> str:
   """The rows as a markdown table; empty ones are left out."""
   found = [row for row in found if row['n']]
-  fields = [f for f in TABLE if f != 'patch_iou' or any(r.get(f) is not None for r in found)]
+  radii = {row.get('epsilon') for row in found}
+  left_out = {'epsilon'} if len(radii) < 2 else set()
+  left_out |= {'patch_iou'} if all(r.get('patch_iou') is None for r in found) else set()
+  fields = [f for f in TABLE if f not in left_out]
   lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE[f] for f in fields) + ' |']
   lines.append('|---' * (len(fields) + 3) + '|')
   for row in found:
-    values = [row.get(field) for field in fields]
-    cells = ['–' if v is None else f'{v:.3f}' if isinstance(v, float) else str(v) for v in values]
+    cells = [_cell(row.get(field), '.4g' if field == 'epsilon' else '.3f') for field in fields]
     lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
   return '\n'.join(lines)
+
+
+def _cell(value: Any, form: str) -> str:
+  return '–' if value is None else format(value, form) if isinstance(value, float) else str(value)
 
 
 # What a finished run left.

@@ -17,7 +17,7 @@ import functools
 import operator
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -312,14 +312,16 @@ class Run(NamedTuple):
 
 
 def rows(
-  setup: _setup.Setup, workdir: Workdir, num_skipped: int, seen: health.Health
+  setup: _setup.Setup, workdir: Workdir, num_skipped: int, seen: Sequence[health.Health]
 ) -> Iterator[dict[str, Any]]:
-  """The rows of metrics.json: one per interpreter and attack; `seen` looks at their records."""
+  """The rows of metrics.json: one per interpreter and attack; `seen` look at their records."""
   goal = _targets.goal_of(setup.config)
   for name, interpreter in setup.interpreters.items():
     for attack in attacks_on(setup, interpreter):
       spent: dict[str, Any] = dict.fromkeys(SPENT)
-      found = seen.watch(attack, _passing(workdir.shards(attack, name), spent))
+      found: Iterable[Mapping[str, Any]] = _passing(workdir.shards(attack, name), spent)
+      for watching in seen:
+        found = watching.watch(attack, found)
       figures = metrics.aggregate(found, attack not in store.NOT_PERTURBED)
       yield {
         'interpreter': name,
@@ -327,6 +329,7 @@ def rows(
         'framework': setup.config['framework'],
         'goal': goal.name,
         'target_map': setup.config['target_map'],
+        'epsilon': setup.config['epsilon'],
         'n_skipped': num_skipped,
         **figures,
         **spent,
@@ -349,6 +352,16 @@ SPENT: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+class Inputs(NamedTuple):
+  """What a run works with, whatever its radius."""
+
+  setup: _setup.Setup
+  examples: _setup.Examples
+  given_maps: dict
+  digests: dict[str, str]
+  watch: Stopwatch
+
+
 def run(config: dict[str, Any]) -> Workdir:
   """The whole command, once the flags are known."""
   _flags.check(config)
@@ -365,8 +378,36 @@ def run(config: dict[str, Any]) -> Workdir:
   if len(examples.id) < config['num_examples']:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
+  inputs = Inputs(setup, examples, given, digests, Stopwatch())
   workdir = Workdir.create(path, config, resume, digests)
-  goal = _targets.goal_of(config)
+  seen = health.Health(stays=_targets.goal_of(config).holds)
+  if isinstance(config['epsilon'], list):
+    found = []
+    for epsilon in config['epsilon']:
+      where = workdir.path / store.part_name(epsilon)
+      part = config | {'epsilon': epsilon, 'workdir': str(where), 'resume': True}
+      own = health.Health(stays=_targets.goal_of(config).holds)
+      found += attacked(inputs, Workdir.create(where, part, True, digests), part, (seen, own))
+      report.write_report(where)
+  else:
+    found = attacked(inputs, workdir, config, (seen,))
+  told = seen.found(examples.num_seen, examples.num_correct, examples.omitted)
+  if isinstance(config['epsilon'], list):
+    workdir.write_metrics(found, _judge.environment(config), {}, told)
+  page = report.write_report(workdir.path)
+  # All is on disk before anything is said: whoever reads it may have gone.
+  for line in health.sentences(told):
+    print(line, file=sys.stderr)
+  print(_judge.table(found))
+  print(page)
+  return workdir
+
+
+def attacked(
+  inputs: Inputs, workdir: Workdir, config: dict[str, Any], seen: Sequence[health.Health]
+) -> list[dict[str, Any]]:
+  """All that is missing of a run with one radius, and its rows; the run is finished then."""
+  examples, setup = inputs.examples, inputs.setup._replace(config=config)
   done = {
     (attack, name): workdir.done(attack, name)
     for name, interpreter in setup.interpreters.items()
@@ -387,22 +428,15 @@ def run(config: dict[str, Any]) -> Workdir:
     unit='img',
     mininterval=1,
     dynamic_ncols=True,
-    bar_format='{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}',
+    bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}',
   ) as bar:
-    progress = Run(setup, workdir, done, given, bar, Stopwatch())
+    progress = Run(setup, workdir, done, inputs.given_maps, bar, inputs.watch)
     for shard in _setup.shards(setup, examples, left):
       progress.one_shard(shard)
-  seen = health.Health(stays=goal.holds)
   found = list(rows(setup, workdir, examples.num_skipped, seen))
-  told = seen.found(examples.num_seen, examples.num_correct, examples.omitted)
+  told = seen[-1].found(examples.num_seen, examples.num_correct, examples.omitted)
   workdir.finish(found, _judge.environment(config), _names.of(setup), told)
-  page = report.write_report(workdir.path)
-  # All is on disk before anything is said: whoever reads it may have gone.
-  for line in health.sentences(told):
-    print(line, file=sys.stderr)
-  print(_judge.table(found))
-  print(page)
-  return workdir
+  return found
 
 
 if __name__ == '__main__':

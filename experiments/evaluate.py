@@ -23,7 +23,7 @@ from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import Array
 from adv2_jax.workdir import store
-from adv2_jax.workdir.results import Results, read_results
+from adv2_jax.workdir.results import Results, read_parts
 from experiments import _digests, _flags, _judge, _setup
 from experiments._judge import Disagreement
 
@@ -40,7 +40,7 @@ OF_THE_ATTACK = ('zero_gradient', 'nonfinite_gradient')
 
 
 def rescore(workdir: str) -> list[dict[str, Any]]:
-  """Judges the images of a finished run anew.
+  """Judges the images of a finished run anew, radius by radius where it has several.
 
   Returns:
     The rows of metrics.json that can be computed from the files.
@@ -49,8 +49,11 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
     StoreError: there is no finished run, or its weights have changed since.
     Disagreement: an example's record, a stored map or a row says something else.
   """
-  results = read_results(workdir)
-  store.check_digests(workdir, results.config, _digests.of_weights(results.config))
+  return [row for results in read_parts(workdir) for row in _rescored(results)]
+
+
+def _rescored(results: Results) -> list[dict[str, Any]]:
+  store.check_digests(results.path, results.config, _digests.of_weights(results.config))
   clf, built = _setup.models(results.config)
   ids_of = {
     kind: table['id'].astype(int).tolist()
@@ -69,7 +72,12 @@ def rescore(workdir: str) -> list[dict[str, Any]]:
           bar.update(len(batch))
       for kind, records in found.items():
         attacked = kind not in store.NOT_PERTURBED
-        row = {'interpreter': name, 'attack': kind, **metrics.aggregate(records, attacked)}
+        row = {
+          'interpreter': name,
+          'attack': kind,
+          'epsilon': results.config.get('epsilon'),
+          **metrics.aggregate(records, attacked),
+        }
         _compare_rows(results.row(kind, name), row, (results.path / 'masks').is_dir())
         rows.append(row)
   return rows
@@ -156,7 +164,7 @@ def _compare_rows(said: Mapping[str, Any], row: Mapping[str, Any], has_masks: bo
   where = f'{row["attack"]}/{row["interpreter"]}'
   for field, value in row.items():
     # What the images do not tell, and what an older run did not count.
-    if field in ('interpreter', 'attack', *OF_THE_ATTACK) or field not in said:
+    if field in ('interpreter', 'attack', 'epsilon', *OF_THE_ATTACK) or field not in said:
       continue
     if field.startswith(LOCALISATION) and not has_masks:
       continue

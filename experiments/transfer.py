@@ -17,7 +17,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,16 +32,11 @@ from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.types import InputError
 from adv2_jax.weights import zoo
 from adv2_jax.workdir import figures, store
-from adv2_jax.workdir.results import Results, read_results
-from experiments import _digests, _flags, _judge, _setup
+from adv2_jax.workdir.results import Results, read_parts
+from experiments import _digests, _flags, _judge, _matrix, _setup
 
 NOBODY = 'none'  # what PGD attacks, of interpreters
 OF_THE_ATTACK = ('zero_gradient', 'nonfinite_gradient')
-SHOWN = {
-  'map_iou': 'Map IoU (higher: better hidden)',
-  'map_l1': 'Map L1 (lower: better hidden)',
-}
-LIMITS = {'map_iou': (0.0, 1.0), 'map_l1': (None, 0.0)}  # where the colour is palest, darkest
 
 
 class Made(NamedTuple):
@@ -67,11 +61,6 @@ class Looking(NamedTuple):
   interpreters: dict[str, Interpreter]
 
 
-def classifier_of(config: Mapping[str, Any]) -> tuple[str, str]:
-  """(model, weights), the latter by the model's name where they are its own."""
-  return config['model'], str(config['weights'] or config['model'])
-
-
 def looking(results: Results, flags: Mapping[str, Any]) -> Looking:
   """Loads who looks; InputError where that cannot be compared with the run."""
   own, names = dict(results.config), flags['interpreters'] or results.interpreters
@@ -91,7 +80,7 @@ def looking(results: Results, flags: Mapping[str, Any]) -> Looking:
   config['interpreters'] = names
   clf, built = _setup.models(config)
   _setup.check_fit(clf, built, _setup.image_size(own))
-  if classifier_of(config) != classifier_of(own):
+  if _matrix.classifier_of(config) != _matrix.classifier_of(own):
     _check_classes(results, config, clf)
   return Looking(config, clf, built)
 
@@ -102,7 +91,7 @@ def _check_classes(results: Results, config: Mapping[str, Any], clf: Classifier)
   x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   attacked, _ = _setup.models(own | {'interpreters': []})
   n, expected = (jax.eval_shape(c, x).logits.shape[-1] for c in (clf, attacked))
-  model, weights = classifier_of(config)
+  model, weights = _matrix.classifier_of(config)
   remedy = f'give a classifier of the run’s data set, {own["dataset"]}'
   if n != expected:
     raise InputError(
@@ -149,7 +138,7 @@ def rows(
   """One per interpreter that looks, and attack whose images it looks at."""
   ids = _ids(results, found[0])
   size = min(len(ids), results.config['batch_size'])
-  model, weights = classifier_of(who.config)
+  model, weights = _matrix.classifier_of(who.config)
   for name, interpreter in who.interpreters.items():
     records: list[list[dict[str, Any]]] = [[] for _ in found]
     right: list[bool] = []
@@ -223,79 +212,6 @@ def _judged(
   return told, right
 
 
-class Matrix(NamedTuple):
-  """A figure of all rows, by what was attacked (down) and who looks (across).
-
-  Attributes:
-    values: f64[rows, columns], NaN where there is none.
-    is_attacked: bool[rows, columns], who looks was attacked.
-    down: what was attacked, for people.
-    across: who looks, for people; of another classifier with its name.
-  """
-
-  values: np.ndarray
-  is_attacked: np.ndarray
-  down: list[str]
-  across: list[str]
-
-
-def matrix(found: Sequence[Mapping[str, Any]], field: str, own: tuple[str, str]) -> Matrix:
-  """A figure of the rows.
-
-  Means over successes on the classifier attacked, `own`; on others, where few succeed, over all.
-  """
-  down = {'pgd': f'{figures.label("pgd")} alone', 'adv2_joint': 'joint'}
-  cells: dict[str, dict[str, tuple[float | None, bool]]] = {}
-  for row in found:
-    classifier = (row['model'], row['weights'])
-    value = row.get(field if classifier == own or field == 'asr' else f'{field}_all')
-    across = row['seen_by']
-    if classifier != own:
-      across += ', ' + ' '.join(dict.fromkeys((row['model'], pathlib.Path(row['weights']).name)))
-    of_attack = cells.setdefault(down.get(row['attack'], row['attacked']), {})
-    of_attack[across] = value, row['attacked'] in (row['seen_by'], 'joint') and classifier == own
-  names = list(dict.fromkeys(name for line in cells.values() for name in line))
-  table = [[line.get(name, (None, False)) for name in names] for line in cells.values()]
-  values = np.array([[math.nan if v is None else v for v, _ in line] for line in table])
-  return Matrix(values, np.array([[a for _, a in line] for line in table]), list(cells), names)
-
-
-def markdown(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> str:
-  """A table for each figure shown, in bold where who looks was attacked; at last the success."""
-  parts = ['Down: what was attacked. Across: who looks, in bold where it was attacked.', '']
-  for field, title in (SHOWN | {'asr': 'Success rate on the classifier that looks'}).items():
-    m = matrix(found, field, own)
-    parts += [
-      title,
-      '',
-      f'| attacked | {" | ".join(m.across)} |',
-      '|---' * (len(m.across) + 1) + '|',
-    ]
-    for name, values, is_attacked in zip(m.down, m.values, m.is_attacked, strict=True):
-      numbers = ['–' if np.isnan(v) else f'{v:.3f}' for v in values]
-      cells = [f'**{v}**' if a else v for v, a in zip(numbers, is_attacked, strict=True)]
-      parts.append(f'| {name} | {" | ".join(cells)} |')
-    parts.append('')
-  parts.append(
-    'Each interpreter’s map of the class shown, against its own map of the clean image; means over '
-    'successes.'
-  )
-  if any((row['model'], row['weights']) != own for row in found):
-    parts[-1] += ' Of a classifier that was not attacked: over all images.'
-  return '\n'.join(parts) + '\n'
-
-
-def draw(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> bytes:
-  """The same as heat maps, a PNG file."""
-  panels = {}
-  for field, title in SHOWN.items():
-    m = matrix(found, field, own)
-    panels[title] = figures.Heat(m.values, m.is_attacked, LIMITS[field])
-  across = [name.replace(', ', '\n').replace(' ', '\n') for name in m.across]
-  with figures.style():
-    return figures.png(figures.heat_maps(panels, m.down, across))
-
-
 def _csv(found: Sequence[Mapping[str, Any]]) -> bytes:
   text = io.StringIO()
   flat = [{k: v for k, v in row.items() if k != 'asr_ci95'} for row in found]
@@ -307,9 +223,13 @@ def _csv(found: Sequence[Mapping[str, Any]]) -> bytes:
   return text.getvalue().encode()
 
 
-def run(flags: dict[str, Any]) -> pathlib.Path:
-  """The whole command, once the flags are known."""
-  results = read_results(flags['workdir'])
+def run(flags: dict[str, Any]) -> list[pathlib.Path]:
+  """The whole command, once the flags are known; a folder for each radius of the run."""
+  return [show(results, flags) for results in read_parts(flags['workdir'])]
+
+
+def show(results: Results, flags: dict[str, Any]) -> pathlib.Path:
+  """Shows the images of one radius."""
   found = made(results)
   who = looking(results, flags)
   total = len(_ids(results, found[0])) * len(found) * len(who.interpreters)
@@ -325,10 +245,12 @@ def run(flags: dict[str, Any]) -> pathlib.Path:
     'compared_with': 'the benign map of the interpreter that looks, on the classifier that looks',
     'rows': told,
   }
-  own = classifier_of(results.config)
-  text = markdown(told, own)
+  own = _matrix.classifier_of(results.config)
+  text = _matrix.markdown(told, own)
+  with figures.style():
+    drawing = figures.png(_matrix.draw(told, own))
   files = {
-    'png': draw(told, own),
+    'png': drawing,
     'md': text.encode(),
     'csv': _csv(told),
     'json': (json.dumps(store.plain(report), indent=1, allow_nan=False) + '\n').encode(),

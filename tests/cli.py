@@ -30,6 +30,7 @@ FLAGS_OF = {
   'mask_curves': (_flags.define_data_flags, _flags.define_example_flags),
   'evaluate': (_flags.define_evaluate_flags,),
   'transfer': (_flags.define_transfer_flags,),
+  'tables': (_flags.define_tables_flags,),
   'train': (_flags.define_train_flags,),
   'bench': (_flags.define_bench_flags,),
 }

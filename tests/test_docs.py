@@ -97,4 +97,5 @@ def test_command_lines_are_parsed(line, monkeypatch):
   if name in ('attack', 'explain'):
     chosen = found['interpreters'] or ['cam']
     chosen = ['cam', 'grad', 'joint'] if chosen == ['joint'] else chosen  # as `config` does
-    _flags.check(found | {'interpreters': chosen})
+    found |= {'interpreters': chosen, 'epsilon': _flags.radii(found.get('epsilon'))}
+    _flags.check(found)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import matplotlib.lines
 import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
@@ -39,6 +40,7 @@ LABELS = {
   'adv2': 'ADV²',
   'adv2_joint': 'ADV² (joint)',
 }
+INTERPRETERS = {'grad': '#e0752d', 'cam': '#3f7fe8', 'mask': '#2a9d6f', 'rts': '#a05fe0'}
 INK = '#010203'  # all text and axes; the report turns it into the page's own text colour
 GRID = '#80808040'
 _STYLE: Any = {
@@ -213,6 +215,114 @@ def curves(
 
 def _known(values: Sequence[float | None]) -> bool:
   return any(v is not None for v in values)
+
+
+class Line(NamedTuple):
+  """A line of a panel: its points [(x, y)], and how it looks."""
+
+  label: str
+  points: Sequence[tuple[float, float]]
+  colour: str
+  style: str = '-'
+
+
+class Panels(NamedTuple):
+  """Panels side by side, each (title, lines), over one quantity; shares are drawn from 0 to 1."""
+
+  across: str
+  panels: Sequence[tuple[str, Sequence[Line]]]
+  shares: bool = True
+  log: bool = False
+
+
+def lines(rows: Sequence[Panels]) -> Figure:
+  """Lines with a mark at each point, a row of panels for each quantity that they stand over."""
+  wide = max(len(row.panels) for row in rows)
+  figure = Figure(
+    figsize=(max(5.0, 3.2 * wide), 3.2 * len(rows) + 0.6), dpi=140, layout='constrained'
+  )
+  handles: dict[str, Any] = {}
+  for axes, row in zip(figure.subplots(len(rows), wide, squeeze=False), rows, strict=True):
+    for axis in axes[len(row.panels) :]:
+      axis.set_axis_off()
+    for axis, (title, drawn) in zip(axes, row.panels, strict=False):
+      for line in drawn:
+        if line.points:
+          (handles[line.label],) = axis.plot(
+            *zip(*sorted(line.points), strict=True),
+            color=line.colour,
+            linestyle=line.style,
+            marker='o',
+            markersize=4,
+            linewidth=2,
+          )
+      axis.set_title(title)
+      axis.set_xlabel(row.across)
+      if row.log and axis.lines:
+        log_axis(axis.xaxis)
+      axis.set_ylim(bottom=0, top=1.03 if row.shares else None)
+  if handles:
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)))
+  return figure
+
+
+_OVER_RADII = {
+  'asr': 'Success rate',
+  'mc_all': 'Probability of the target class',
+  'map_iou_all': 'Map IoU with the target map',
+}
+
+
+def over_radii(rows: Sequence[Mapping[str, Any]]) -> Figure:
+  """Success, p(target) and map IoU over all images, against ε.
+
+  Colour is the attack, line style the interpreter.
+  """
+  kinds = dict.fromkeys((r['attack'], r['interpreter']) for r in rows)
+  kinds = {k: None for k in kinds if k[0] not in NOT_PERTURBED}
+  names = list(dict.fromkeys(name for _, name in kinds))
+  panels = []
+  for field, title in _OVER_RADII.items():
+    drawn = []
+    for attack, name in kinds:
+      own = [r for r in rows if (r['attack'], r['interpreter']) == (attack, name)]
+      points = [(r['epsilon'], r[field]) for r in own if r.get(field) is not None]
+      style = _LINES[names.index(name) % len(_LINES)]
+      drawn.append(Line(f'{label(attack)} · {name.upper()}', points, colour(attack), style))
+    panels.append((title, drawn))
+  return lines([Panels('ε', panels, log=True)])
+
+
+def dots(
+  named: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], fields: Mapping[str, str]
+) -> Figure:
+  """Figures of several rows beside one another: a line for each, a dot for each attack.
+
+  Args:
+    named: (name, attack -> row).
+    fields: field -> title of its panel.
+  """
+  attacks = [a for a in COLOURS if any(a in rows for _, rows in named)]
+  n = len(named)
+  figure = Figure(figsize=(2.2 + 3.0 * len(fields), 1.2 + 0.27 * n), dpi=140, layout='constrained')
+  axes = figure.subplots(1, len(fields), squeeze=False, sharey=True)[0]
+  for axis, (field, title) in zip(axes, fields.items(), strict=True):
+    for k, (_, rows) in enumerate(named):
+      for attack in attacks:
+        value = figure_of(rows[attack], field) if attack in rows else None
+        if value is not None:
+          axis.plot(value, k, 'o', color=colour(attack), markersize=6.5, alpha=0.9)
+    axis.set_title(title)
+    axis.set_xlim(left=0)
+    axis.margins(x=0.08)
+  axes[0].set_yticks(range(n), [name for name, _ in named])
+  axes[0].set_ylim(n - 0.5, -0.5)
+  handles = [
+    matplotlib.lines.Line2D([], [], marker='o', linestyle='', color=colour(a), label=label(a))
+    for a in attacks
+  ]
+  figure.legend(handles=handles, loc='outside lower center', ncols=max(1, len(handles)))
+  return figure
 
 
 def figure_of(row: Mapping[str, Any], field: str) -> Any:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from adv2_jax.validate import printable
 from adv2_jax.workdir import figures, health
 from adv2_jax.workdir.results import Results
+from adv2_jax.workdir.store import part_name
 
 _PICTURE_SIDE = 224  # larger pictures are shrunk for the page
 
@@ -53,6 +54,12 @@ def _whole(v: float) -> str:
 
 
 _TABLE = (
+  _Column(
+    'epsilon',
+    'ε',
+    lambda v: f'{v:.4g}',
+    'The perturbation limit.',
+  ),
   _Column(
     'n',
     'images',
@@ -199,6 +206,11 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
       'delivered is the best of them, not the last. Dots: the success of that, as in the table. '
       'The interpretation loss is in the unit of its interpreter.',
     ),
+    'radii': (
+      'Against ε',
+      'Over all images, whether the attack succeeded or not. Each limit has a report of its own, '
+      'linked below.',
+    ),
     'scatter': (
       'Image by image',
       'Each point is one image; below the dotted line ADV² hides better than PGD.',
@@ -233,7 +245,10 @@ def _lead(results: Results) -> str:
     'stadv': ', by moving their pixels (StAdv),',
     'cw': ', by as small a change in L2 as could be found (C&W),',
   }.get(config.get('framework', 'pgd'), '')
-  if not limit and isinstance(epsilon, int | float):
+  if results.radii:
+    radii = ', '.join(f'{epsilon:.4g}' for epsilon in results.radii)
+    limit = f', with one limit of their change after the other (ε {radii}),'
+  elif not limit and isinstance(epsilon, int | float):
     limit = (
       f', by a change of at most {epsilon:g} in L2,'
       if config.get('norm') == 'l2'
@@ -274,7 +289,7 @@ def _health(results: Results) -> str:
 
 
 def _cards(results: Results) -> Iterator[str]:
-  for interpreter in results.interpreters:
+  for interpreter in () if results.radii else results.interpreters:
     attack = 'adv2' if results.row('adv2', interpreter) else 'adv2_joint'
     adv2, pgd = results.row(attack, interpreter), results.row('pgd', interpreter)
     if not adv2:
@@ -294,7 +309,10 @@ def _cards(results: Results) -> Iterator[str]:
 def _table(results: Results) -> str:
   # What must be 0 is a sentence while it is, and a column when it is not.
   shown = [
-    c for c in _TABLE if any(figures.figure_of(r, c.field) is not None for r in results.rows)
+    c
+    for c in _TABLE
+    if any(figures.figure_of(r, c.field) is not None for r in results.rows)
+    and (c.field != 'epsilon' or results.radii)
   ]
   columns = [c for c in shown if c.field not in _ZERO or any(r.get(c.field) for r in results.rows)]
   sound = ''.join(f' {_ZERO[c.field]}' for c in shown if c not in columns)
@@ -391,6 +409,7 @@ def _details(results: Results) -> str:
   links = ''.join(
     f'<li><a href="{_e(name)}">{_e(name)}</a></li>'
     for name in (
+      *(f'{part_name(epsilon)}/report.html' for epsilon in results.radii),
       'metrics.json',
       'examples.csv',
       'history.json',

@@ -58,6 +58,8 @@ def _figures(
 ) -> dict[str, Callable[[], Figure]]:
   """What there is to draw, by the file's name."""
   found: dict[str, Callable[[], Figure]] = {}
+  if results.radii:  # each has its own report
+    return {'radii': functools.partial(figures.over_radii, results.rows)} if results.rows else {}
   for name, gallery in galleries.items():
     if gallery.rows:
       title = f'{name.upper()}: what the analyst sees'

@@ -27,6 +27,7 @@ class Results(NamedTuple):
     class_names: by the class's number, of those that occur.
     health: see `health.Health`; {} of an older run.
     examples: (attack, interpreter) -> field -> f64[n], in the order of ids; NaN where it is empty.
+      {} of a run with several radii: each of its parts has its own.
     curves: '<attack>/<interpreter>' -> name -> [T].
   """
 
@@ -43,6 +44,11 @@ class Results(NamedTuple):
   def interpreters(self) -> list[str]:
     """In the order of the table."""
     return list(dict.fromkeys(row['interpreter'] for row in self.rows))
+
+  @property
+  def radii(self) -> list[float]:
+    """Of a run with several of them; else []."""
+    return _radii(self.config)
 
   def row(self, attack: str, interpreter: str) -> Mapping[str, Any]:
     """The table's row, empty when there is none."""
@@ -88,16 +94,33 @@ def read_results(workdir: str | os.PathLike) -> Results:
     path / 'metrics.json', 'has no metrics.json: the run is not finished; go on with it by --resume'
   )
   history = path / 'history.json'
+  config = metrics.get('config', {})
   return Results(
     path=path,
-    config=metrics.get('config', {}),
+    config=config,
     environment=metrics.get('environment', {}),
     rows=metrics['rows'],
     class_names=metrics.get('class_names', {}),
     health=metrics.get('health', {}),
-    examples=_read_examples(path / 'examples.csv'),
+    examples={} if _radii(config) else _read_examples(path / 'examples.csv'),
     curves=store.read_json(history, 'is damaged')['curves'] if history.exists() else {},
   )
+
+
+def read_parts(workdir: str | os.PathLike) -> list[Results]:
+  """What there are images of: the run, or each radius of a run with several.
+
+  Raises:
+    StoreError: there is no finished run.
+  """
+  whole = read_results(workdir)
+  parts = [read_results(whole.path / store.part_name(epsilon)) for epsilon in whole.radii]
+  return parts or [whole]
+
+
+def _radii(config: Mapping[str, Any]) -> list[float]:
+  epsilon = config.get('epsilon')
+  return epsilon if isinstance(epsilon, list) else []
 
 
 def _read_examples(path: pathlib.Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:

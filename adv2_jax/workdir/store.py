@@ -63,6 +63,11 @@ FREE_FLAGS = frozenset(
 RESUME = 'make room or choose a writable --workdir, then go on with --resume'
 
 
+def part_name(epsilon: float) -> str:
+  """The folder of one radius, in a run with several."""
+  return f'eps-{epsilon:g}'
+
+
 def image_folder(attack: str, interpreter: str) -> str:
   """Where the images of an attack lie: only `adv2` has its own for each interpreter."""
   return f'examples/adv2/{interpreter}' if attack == 'adv2' else f'examples/{attack}'
@@ -351,8 +356,19 @@ class Workdir(NamedTuple):
     with writing(self.path):
       images.write_atomic(self.path / 'examples.csv', text)
     names = {k: printable(name) for k, name in enumerate(class_names or ()) if k in seen}
-    told = {'config': self.config, 'environment': environment, 'rows': rows, 'class_names': names}
-    self.write_json('metrics.json', told if health is None else told | {'health': health})
+    self.write_metrics(rows, environment, names, health)
+
+  def write_metrics(
+    self,
+    rows: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+    class_names: Mapping[int, str],
+    health: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Writes `metrics.json` alone: each of several radii has its examples in its own folder."""
+    told = {'config': self.config, 'environment': environment, 'rows': rows}
+    more = {} if health is None else {'health': health}
+    self.write_json('metrics.json', {**told, 'class_names': class_names, **more})
 
 
 def read_json(path: pathlib.Path, otherwise: str) -> dict[str, Any]:

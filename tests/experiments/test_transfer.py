@@ -18,7 +18,7 @@ from adv2_jax.weights import files as weight_files
 from adv2_jax.weights import zoo
 from adv2_jax.workdir import figures
 from adv2_jax.workdir.results import read_results
-from experiments import _flags, _judge, _setup, transfer
+from experiments import _flags, _judge, _matrix, _setup, transfer
 
 
 def call(workdir, **flags):
@@ -33,7 +33,7 @@ def rows_in(workdir):
 
 def by(workdir):
   """Of the classifier attacked alone."""
-  own = transfer.classifier_of(read_results(workdir).config)
+  own = _matrix.classifier_of(read_results(workdir).config)
   return {key[:3]: row for key, row in rows_in(workdir).items() if key[3:] == own}
 
 

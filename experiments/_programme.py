@@ -1,0 +1,206 @@
+"""The evaluation programme: on what data, and which runs of experiments.attack a table needs."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from adv2_jax.types import InputError
+from adv2_jax.validate import whole_number
+from experiments import _flags
+
+
+class Scale(NamedTuple):
+  """How much is run.
+
+  Attributes:
+    num: images for GRAD, CAM and RTS.
+    num_slow: images where MASK is among the interpreters.
+    radii: of the runs with several, in grey levels.
+    shares: of the way between target maps.
+    steps: instead of the presets'; None: theirs.
+    subsets: sizes of the subsets of interpreters that the joint attack is made on.
+    presets: that the other frameworks are run with.
+  """
+
+  num: int
+  num_slow: int
+  radii: tuple[int, ...] = (1, 2, 4, 8)
+  shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+  steps: int | None = None
+  subsets: tuple[int, ...] = (2, 3)
+  presets: tuple[str, ...] = ('fast', 'authors')
+
+
+SCALES = {
+  'smoke': Scale(4, 2, (2, 8), (0.5,), 6, (), ('fast',)),
+  'cpu': Scale(256, 64),
+  'full': Scale(2000, 500),
+}
+JOINT = '+'
+
+
+class Subject(NamedTuple):
+  """What is attacked: its name, the flags that say which data and net, and the interpreters."""
+
+  name: str
+  flags: dict[str, str]
+  interpreters: tuple[str, ...]
+  scale: Scale
+
+  @property
+  def light(self) -> list[str]:
+    """The interpreters that cost little."""
+    return [name for name in self.interpreters if name != 'mask']
+
+
+class Run(NamedTuple):
+  """A run of experiments.attack: its flags but --workdir, and who is shown its images after it."""
+
+  flags: dict[str, str]
+  shown_to: tuple[str, ...] = ()
+
+  def folder(self, name: str) -> str:
+    """Its working directory: the same flags, the same directory."""
+    digest = hashlib.sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()
+    return f'{name}-{digest[:8]}'
+
+
+def attack(
+  subject: Subject,
+  names: Sequence[str],
+  more: Mapping[str, str] | None = None,
+  *,
+  share: int = 1,
+  shown_to: tuple[str, ...] = (),
+) -> Run:
+  """A run on these interpreters with `more` flags; `share`: on how small a part of the images."""
+  scale = subject.scale
+  n = scale.num_slow if {'mask', 'joint'} & set(names) else scale.num
+  flags = {'interpreters': ','.join(names), 'num_examples': str(max(1, n // share))}
+  steps = {'steps_s2': str(scale.steps)} if scale.steps else {}
+  return Run({**subject.flags, **flags, **steps, **(more or {})}, shown_to)
+
+
+# The runs of each table, by what is special about them.
+Cases = Iterator[tuple[str, Run]]
+KEPT = 'benign,pgd,adv2'
+
+
+def effect(s: Subject) -> Cases:
+  """E1, E2."""
+  if s.light:
+    yield '', attack(s, s.light)
+  if 'mask' in s.interpreters:
+    yield '', attack(s, ['mask'])
+
+
+def other_maps(s: Subject) -> Cases:
+  """E3."""
+  for kind in ('random_patch', 'random_class'):
+    yield kind.replace('_', ' '), attack(s, s.interpreters, {'target_map': kind, 'attacks': KEPT})
+
+
+def other_frameworks(s: Subject) -> Cases:
+  """E4."""
+  for preset in s.scale.presets:
+    for framework, name in (('stadv', 'StAdv'), ('cw', 'C&W')):
+      case = f'{name}, {preset}'
+      more = {'framework': framework, 'preset': preset, 'attacks': KEPT}
+      yield case, attack(s, s.interpreters, more)
+
+
+def everyone(s: Subject) -> Run:
+  """Each interpreter by itself, and all at once."""
+  return attack(s, [*s.interpreters, 'joint'], shown_to=s.interpreters)
+
+
+def subsets(s: Subject) -> Cases:
+  """The joint attack on some of the interpreters; those without one are shown to it."""
+  names = s.interpreters
+  for bits in range(1, 2 ** len(names) - 1):
+    part = [name for k, name in enumerate(names) if bits >> k & 1]
+    if len(part) in s.scale.subsets or (len(part) == len(names) - 1 > 1):
+      shown_to = names if len(part) == len(names) - 1 else ()
+      more = {'attacks': 'benign,adv2_joint'}
+      run = attack(s, [*part, 'joint'], more, share=2, shown_to=shown_to)
+      yield JOINT.join(part), run
+
+
+def looking_on(s: Subject) -> Cases:
+  """E6: all of them, then the joint attack without one each."""
+  yield '', everyone(s)
+  yield from ((case, run) for case, run in subsets(s) if run.shown_to)
+
+
+def joint(s: Subject) -> Cases:
+  """The joint attack, on fewer interpreters, and within other radii."""
+  yield JOINT.join(s.interpreters), everyone(s)
+  yield from subsets(s)
+  levels = ','.join(f'{k}/255' for k in s.scale.radii)
+  more = {'epsilon': levels, 'attacks': 'benign,pgd,adv2_joint'}
+  yield 'radii', attack(s, [*s.interpreters, 'joint'], more, share=4)
+
+
+def gap(s: Subject) -> Cases:
+  """E7: how far one can be moved while the other is held."""
+  levels = ','.join(f'{k}/255' for k in s.scale.radii)
+  if s.light:
+    away = {'goal': 'map_only', 'target_map': 'away', 'attacks': 'benign,adv2'}
+    yield 'class held', attack(s, s.light, {**away, 'epsilon': levels}, share=4)
+  yield 'map held', attack(s, s.interpreters, {'epsilon': levels, 'attacks': KEPT}, share=2)
+  for share in (0.0, *s.scale.shares):
+    kind = f'path:{share:g}' if share else 'benign'
+    more = {'target_map': kind, 'attacks': 'benign,adv2'}
+    yield f'path {share:g}', attack(s, s.interpreters, more, share=2)
+
+
+def subjects(config: Mapping[str, Any]) -> list[Subject]:
+  """The scenes and what --on names; InputError for a line that says too little."""
+  scale = SCALES[config['scale']]
+  found = [Subject('scenes', {}, ('grad', 'cam', 'mask', 'rts'), scale)]
+  for text in config['on'] or ():
+    found.append(_subject(text, scale))
+  names = [s.name for s in found]
+  if len(set(names)) < len(names):
+    raise InputError(f'--on names {", ".join(names[1:])}; expected names that differ, not scenes')
+  if config['scenes']:
+    return found
+  if len(found) == 1:
+    raise InputError('--noscenes leaves nothing; name data by --on')
+  return found[1:]
+
+
+def _subject(text: str, scale: Scale) -> Subject:
+  try:
+    name, *words = shlex.split(text)
+  except ValueError:
+    name, words = '', []
+  if not words or name.startswith('-') or not name.replace('_', '').isalnum():
+    raise InputError(
+      f"--on is {text!r}; expected a name and flags of experiments.attack, such as 'cifar10 200/64 "
+      "--dataset cifar10 --model cifar_resnet20 --weights FILE'"
+    )
+  if not words[0].startswith('-'):
+    numbers = [whole_number(v) or 0 for v in words.pop(0).split('/')]
+    if min(numbers) < 1 or len(numbers) > 2:
+      raise InputError(
+        f'--on {name}: expected how many images, and how many of them with MASK, such as 200/64'
+      )
+    scale = scale._replace(num=numbers[0], num_slow=numbers[-1])
+  flags: dict[str, str] = {}
+  while words:
+    flag, is_joined, value = words.pop(0).partition('=')
+    if not flag.startswith('--'):
+      raise InputError(f'--on {name}: {flag!r} is no flag; expected --flag value')
+    if not is_joined:
+      value = words.pop(0) if words and not words[0].startswith('--') else 'true'
+    flags[flag[2:]] = value
+  if taken := sorted(flags.keys() & {'workdir', 'resume', 'num_examples', 'attacks', 'epsilon'}):
+    raise InputError(f'--on {name}: --{taken[0]} is what the tables set; leave it out')
+  default = _flags.default_interpreters(
+    {'model': 'scene_resnet', 'weights': None, 'decoder': None, 'target_map': 'benign'} | flags
+  )
+  given = flags.pop('interpreters', None)
+  return Subject(name, flags, tuple(given.split(',') if given else default), scale)

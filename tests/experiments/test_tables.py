@@ -1,0 +1,154 @@
+"""`experiments.tables`: what it runs, and how the tables are written."""
+
+import csv
+import io
+import json
+import shlex
+
+import pytest
+from cli import FLAGS_OF
+from conftest import flag_defaults
+
+from adv2_jax import images
+from adv2_jax.types import InputError
+from experiments import _programme, tables
+
+SCENES = _programme.subjects({'scale': 'cpu', 'on': None, 'scenes': True})[0]
+DEFAULTS = flag_defaults(*FLAGS_OF['tables'])
+
+
+def runs_of(name, subject=SCENES):
+  return list(tables.TABLES[name].cases(subject))
+
+
+def test_the_numbers_of_images():
+  """E1, E2: 256, of MASK 64; what all four take part in: 64."""
+  found = {run.flags['interpreters']: run.flags['num_examples'] for _, run in runs_of('E1')}
+  assert found == {'grad,cam,rts': '256', 'mask': '64'}
+  assert runs_of('E1') == runs_of('E2')
+  assert {run.flags['num_examples'] for _, run in runs_of('E3')} == {'64'}
+
+
+def test_the_joint_attack_is_made_on_all_15_subsets():
+  cases = runs_of('joint')
+  found = {frozenset(case.split('+')) for case, _ in cases if case != 'radii'}
+  assert len(found) == 11  # with the four single ones in the run of all
+  assert cases[0][1].flags['interpreters'] == 'grad,cam,mask,rts,joint'
+  shared = {run.folder('scenes') for _, run in runs_of('E6')}
+  assert len(shared) == 5
+  assert shared <= {run.folder('scenes') for _, run in cases}
+
+
+def test_every_run_is_one_that_the_command_takes():
+  for name in tables.TABLES:
+    for _, run in runs_of(name):
+      flags = flag_defaults(*FLAGS_OF['attack'])
+      assert run.flags.keys() <= flags.keys()
+
+
+def test_a_directory_belongs_to_its_flags():
+  (_, one), (_, other) = runs_of('E1')
+  assert one.folder('scenes') == _programme.Run(dict(reversed(one.flags.items()))).folder('scenes')
+  assert one.folder('scenes') != other.folder('scenes')
+  assert one.folder('scenes').startswith('scenes-')
+
+
+def test_other_data_are_named_with_their_flags():
+  text = 'cifar 200/24 --dataset packed --data_path=a.npz --shuffle --model cifar_resnet20'
+  config = {'scale': 'cpu', 'on': [text], 'scenes': False}
+  (subject,) = _programme.subjects(config)
+  assert subject.name == 'cifar'
+  assert (subject.scale.num, subject.scale.num_slow) == (200, 24)
+  assert subject.interpreters == ('grad', 'cam', 'mask')  # no decoder is built in
+  run = runs_of('E1', subject)[0][1]
+  command = tables.command_of('attack', run.flags)
+  assert shlex.join(command).startswith(
+    'python -m experiments.attack --dataset=packed --data_path=a.npz --shuffle --model='
+  )
+  more = [text + ' --interpreters cam,rts --decoder d.npz']
+  assert _programme.subjects(config | {'on': more})[0].interpreters == ('cam', 'rts')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'table': ['E99']}, "--table is 'E99'; expected some of E1, E2"),
+    ({'table': []}, "--table is ''; expected some of"),
+    ({'on': ['cifar']}, "--on is 'cifar'; expected a name and flags"),
+    ({'on': ['--dataset scenes']}, 'expected a name and flags'),
+    ({'on': ["a 'b"]}, 'expected a name and flags'),
+    ({'on': ['a 0/5 --seed 3']}, '--on a: expected how many images'),
+    ({'on': ['a x --seed 3']}, '--on a: expected how many images'),
+    ({'on': ['a 5 seed 3']}, "--on a: 'seed' is no flag"),
+    ({'on': ['a --workdir x']}, '--on a: --workdir is what the tables set'),
+    ({'on': ['scenes --seed 3']}, 'expected names that differ'),
+    ({'scenes': False}, '--noscenes leaves nothing'),
+  ],
+)
+def test_refusals(tmp_path, changes, message):
+  config = DEFAULTS | {'table': ['E1'], 'workdir': str(tmp_path / 'out')} | changes
+  with pytest.raises(InputError, match=message):
+    tables.run(config)
+  assert not (tmp_path / 'out').exists()
+
+
+def row(interpreter, attack, map_l1, **more):
+  figures = {'n': 4, 'asr': 1.0, 'asr_ci95': [0.5, 1.0], 'map_l1': map_l1, 'map_iou': 0.5}
+  return {'interpreter': interpreter, 'attack': attack, **figures, 'seconds': 8.0, **more}
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+  """A run of every case of E1 that is finished: nothing may be started."""
+  monkeypatch.setattr(tables, '_start', lambda *_: pytest.fail('a finished run is used again'))
+  for _, run in runs_of('E1'):
+    folder = tmp_path / run.folder('scenes')
+    folder.mkdir()
+    rows = [
+      row(name, attack, 0.4 if attack == 'pgd' else 0.1)
+      for name in run.flags['interpreters'].split(',')
+      for attack in ('benign', 'other', 'pgd', 'adv2')
+    ]
+    (folder / 'metrics.json').write_text(json.dumps({'config': {}, 'rows': rows}))
+    (folder / 'examples.csv').write_text('id,attack,interpreter\n')
+  return tmp_path
+
+
+def test_runs_that_exist_fill_the_table(workdir, capsys):
+  tables.run(DEFAULTS | {'table': ['E1', 'E2'], 'workdir': str(workdir)})
+  lines = list(csv.DictReader(io.StringIO((workdir / 'E2.csv').read_text())))
+  assert [(r['interpreter'], r['attack']) for r in lines] == [
+    (name, attack) for name in ('grad', 'cam', 'rts', 'mask') for attack in ('other', 'pgd', 'adv2')
+  ]
+  assert [float(r['map_l1_of_pgd']) for r in lines[:3]] == pytest.approx([0.25, 1.0, 0.25])
+  assert float(lines[0]['seconds_per_image']) == 2.0
+  text = (workdir / 'E2.md').read_text()
+  assert '| interpreter | attack | n | map L1 | L1 / PGD’s | IoU |' in text
+  assert '| grad | ADV² | 4 | 0.100 | 0.250 | 0.500 |' in text
+  assert f'--workdir={workdir}/scenes-' in text
+  assert text in capsys.readouterr().out
+  tex = (workdir / 'E1.tex').read_text()
+  assert r'grad & ADV\textsuperscript{2} & 4 & 1.000 & 0.500--1.000 \\' in tex
+  assert tex.count(r'\\') == 1 + 8
+  assert r'interpreter & attack & n & ASR & 95 \% \\' in tex
+  assert images.read_image(workdir / 'E1.png').std() > 5
+
+
+@pytest.mark.slow
+def test_all_tables_on_a_few_scenes(tmp_path):
+  config = DEFAULTS | {'table': ['all'], 'scale': 'smoke', 'workdir': str(tmp_path)}
+  tables.run(config)
+  for name in tables.TABLES:
+    for kind in ('csv', 'md', 'tex', 'png'):
+      assert (tmp_path / f'{name}.{kind}').stat().st_size > 100
+  found = list(csv.DictReader(io.StringIO((tmp_path / 'joint.csv').read_text())))
+  assert {r['interpreter'] for r in found if r['attack'] == 'adv2_joint'} == set(
+    SCENES.interpreters
+  )
+  assert {r['out_of_set'] for r in found} == {'0'}
+  heat = (tmp_path / 'E6.md').read_text()
+  for name in SCENES.interpreters:
+    assert f'| joint without {name} |' in heat
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.json')}
+  tables.run(config)
+  assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('metrics.json')}
