@@ -22,6 +22,8 @@ class Scale(NamedTuple):
     steps: instead of the presets'; None: theirs.
     subsets: sizes of the subsets of interpreters that the joint attack is made on.
     presets: that the other frameworks are run with.
+    names: interpreters of E3, E4, E7; () for all of the subject's.
+    joint: interpreters attacked at once; likewise.
   """
 
   num: int
@@ -31,10 +33,12 @@ class Scale(NamedTuple):
   steps: int | None = None
   subsets: tuple[int, ...] = (2, 3)
   presets: tuple[str, ...] = ('fast', 'authors')
+  names: tuple[str, ...] = ()
+  joint: tuple[str, ...] = ()
 
 
 SCALES = {
-  'smoke': Scale(4, 2, (2, 8), (0.5,), 6, (), ('fast',)),
+  'smoke': Scale(2, 2, (2, 8), (0.5,), 4, (), ('fast',), ('cam',), ('cam', 'mask', 'rts')),
   'cpu': Scale(256, 64),
   'full': Scale(2000, 500),
 }
@@ -48,6 +52,16 @@ class Subject(NamedTuple):
   flags: dict[str, str]
   interpreters: tuple[str, ...]
   scale: Scale
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The interpreters of E3, E4 and E7."""
+    return self.scale.names or self.interpreters
+
+  @property
+  def joint(self) -> tuple[str, ...]:
+    """The interpreters that are attacked at once."""
+    return self.scale.joint or self.interpreters
 
   @property
   def light(self) -> list[str]:
@@ -99,7 +113,7 @@ def effect(s: Subject) -> Cases:
 def other_maps(s: Subject) -> Cases:
   """E3."""
   for kind in ('random_patch', 'random_class'):
-    yield kind.replace('_', ' '), attack(s, s.interpreters, {'target_map': kind, 'attacks': KEPT})
+    yield kind.replace('_', ' '), attack(s, s.names, {'target_map': kind, 'attacks': KEPT})
 
 
 def other_frameworks(s: Subject) -> Cases:
@@ -108,17 +122,17 @@ def other_frameworks(s: Subject) -> Cases:
     for framework, name in (('stadv', 'StAdv'), ('cw', 'C&W')):
       case = f'{name}, {preset}'
       more = {'framework': framework, 'preset': preset, 'attacks': KEPT}
-      yield case, attack(s, s.interpreters, more)
+      yield case, attack(s, s.names, more)
 
 
 def everyone(s: Subject) -> Run:
   """Each interpreter by itself, and all at once."""
-  return attack(s, [*s.interpreters, 'joint'], shown_to=s.interpreters)
+  return attack(s, [*s.joint, 'joint'], shown_to=s.joint)
 
 
 def subsets(s: Subject) -> Cases:
   """The joint attack on some of the interpreters; those without one are shown to it."""
-  names = s.interpreters
+  names = s.joint
   for bits in range(1, 2 ** len(names) - 1):
     part = [name for k, name in enumerate(names) if bits >> k & 1]
     if len(part) in s.scale.subsets or (len(part) == len(names) - 1 > 1):
@@ -136,24 +150,24 @@ def looking_on(s: Subject) -> Cases:
 
 def joint(s: Subject) -> Cases:
   """The joint attack, on fewer interpreters, and within other radii."""
-  yield JOINT.join(s.interpreters), everyone(s)
+  yield JOINT.join(s.joint), everyone(s)
   yield from subsets(s)
   levels = ','.join(f'{k}/255' for k in s.scale.radii)
   more = {'epsilon': levels, 'attacks': 'benign,pgd,adv2_joint'}
-  yield 'radii', attack(s, [*s.interpreters, 'joint'], more, share=4)
+  yield 'radii', attack(s, [*s.joint, 'joint'], more, share=4)
 
 
 def gap(s: Subject) -> Cases:
   """E7: how far one can be moved while the other is held."""
   levels = ','.join(f'{k}/255' for k in s.scale.radii)
-  if s.light:
+  if light := [name for name in s.names if name != 'mask']:
     away = {'goal': 'map_only', 'target_map': 'away', 'attacks': 'benign,adv2'}
-    yield 'class held', attack(s, s.light, {**away, 'epsilon': levels}, share=4)
-  yield 'map held', attack(s, s.interpreters, {'epsilon': levels, 'attacks': KEPT}, share=2)
+    yield 'class held', attack(s, light, {**away, 'epsilon': levels}, share=4)
+  yield 'map held', attack(s, s.names, {'epsilon': levels, 'attacks': KEPT}, share=2)
   for share in (0.0, *s.scale.shares):
     kind = f'path:{share:g}' if share else 'benign'
     more = {'target_map': kind, 'attacks': 'benign,adv2'}
-    yield f'path {share:g}', attack(s, s.interpreters, more, share=2)
+    yield f'path {share:g}', attack(s, s.names, more, share=2)
 
 
 def subjects(config: Mapping[str, Any]) -> list[Subject]:

@@ -55,7 +55,7 @@ def read_shown(subject: Subject, case: str, folder: pathlib.Path) -> list[Row]:
   """What all interpreters saw; images made for all but one are named after that one."""
   file = folder / 'transfer' / 'transfer.json'
   found = store.read_json(file, 'is damaged; remove it')['rows']
-  without = [name for name in subject.interpreters if case and name not in case.split(JOINT)]
+  without = [name for name in subject.joint if case and name not in case.split(JOINT)]
   made_for = {'made_for': f'joint without {without[0]}'} if without else {}
   return [{'data': subject.name, 'case': case, **made_for, **row} for row in found]
 
