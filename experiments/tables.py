@@ -112,39 +112,40 @@ def _line(name: str, rows: Iterable[Row], x: Callable[[Row], float], field: str)
   return figures.Line(name.upper(), points, figures.INTERPRETERS.get(name, figures.INK))
 
 
-def _panel(
-  title: str, rows: Sequence[Row], x: Callable[[Row], float], field: str
-) -> tuple[str, list[figures.Line]]:
+def _plot(
+  title: str, across: str, rows: Sequence[Row], x: Callable[[Row], float], field: str
+) -> figures.Plot:
   names = list(dict.fromkeys(row['interpreter'] for row in rows))
-  return title, [_line(name, rows, x, field) for name in names]
+  return figures.Plot(title, across, [_line(name, rows, x, field) for name in names])
+
+
+def _levels(row: Row) -> float:
+  return round(255 * row['epsilon'], 3)
+
+
+RADIUS, WAY = 'ε in grey levels', 'share of the way'
 
 
 def draw_gap(table: Table, rows: Sequence[Row]) -> Figure:
-  """Both experiments against ε, and along the path."""
+  """Both experiments against ε, and along the path of target maps."""
   del table
   held, moved, path = (
     [r for r in rows if r['attack'] == 'adv2' and r['case'].startswith(case)]
     for case in ('class held', 'map held', 'path')
   )
-  radius, share = (lambda r: 255 * r['epsilon']), (lambda r: float(r['case'].split()[1]))
-  return figures.lines(
+  share = lambda r: float(r['case'].split()[1])  # noqa: E731
+  return figures.plots(
     [
-      figures.Panels(
-        'ε in grey levels',
-        [
-          _panel('Class held: map IoU with the benign', held, radius, 'map_iou_all'),
-          _panel('Class held: top-k in common', held, radius, 'map_topk_all'),
-          _panel('Map held: p(target)', moved, radius, 'mc_all'),
-          _panel('Map held: map IoU', moved, radius, 'map_iou_all'),
-        ],
-      ),
-      figures.Panels(
-        'share of the way to the map of the target class',
-        [
-          _panel('Along the path: p(target)', path, share, 'mc_all'),
-          _panel('Along the path: map IoU', path, share, 'map_iou_all'),
-        ],
-      ),
+      [
+        _plot('Class held: IoU with the benign', RADIUS, held, _levels, 'map_iou_all'),
+        _plot('Map held: p(target)', RADIUS, moved, _levels, 'mc_all'),
+        _plot('Along the path: p(target)', WAY, path, share, 'mc_all'),
+      ],
+      [
+        _plot('Class held: top-k in common', RADIUS, held, _levels, 'map_topk_all'),
+        _plot('Map held: IoU', RADIUS, moved, _levels, 'map_iou_all'),
+        _plot('Along the path: IoU', WAY, path, share, 'map_iou_all'),
+      ],
     ]
   )
 
@@ -170,15 +171,13 @@ def draw_joint(table: Table, rows: Sequence[Row]) -> Figure:
   drawn = [
     figures.Line(n.upper(), means(n), figures.INTERPRETERS.get(n, figures.INK)) for n in names
   ]
-  radius = lambda r: 255 * r['epsilon']  # noqa: E731
-  return figures.lines(
+  across = 'interpreters attacked at once'
+  return figures.plots(
     [
-      figures.Panels(
-        'interpreters attacked at once (means over the subsets)', [('Map IoU', drawn)]
-      ),
-      figures.Panels(
-        'ε in grey levels', [_panel('All at once: map IoU', within, radius, 'map_iou')]
-      ),
+      [
+        figures.Plot('Map IoU, means over the subsets', across, drawn),
+        _plot('All at once: map IoU', RADIUS, within, _levels, 'map_iou'),
+      ]
     ]
   )
 

@@ -226,41 +226,44 @@ class Line(NamedTuple):
   style: str = '-'
 
 
-class Panels(NamedTuple):
-  """Panels side by side, each (title, lines), over one quantity; shares are drawn from 0 to 1."""
+class Plot(NamedTuple):
+  """Lines over a quantity; shares are drawn from 0 to 1."""
 
+  title: str
   across: str
-  panels: Sequence[tuple[str, Sequence[Line]]]
+  lines: Sequence[Line]
   shares: bool = True
   log: bool = False
 
 
-def lines(rows: Sequence[Panels]) -> Figure:
-  """Lines with a mark at each point, a row of panels for each quantity that they stand over."""
-  wide = max(len(row.panels) for row in rows)
+def plots(rows: Sequence[Sequence[Plot]]) -> Figure:
+  """Lines with a mark at each point, plots beside and below one another, with one legend."""
+  wide = max(map(len, rows))
   figure = Figure(
     figsize=(max(5.0, 3.2 * wide), 3.2 * len(rows) + 0.6), dpi=140, layout='constrained'
   )
   handles: dict[str, Any] = {}
   for axes, row in zip(figure.subplots(len(rows), wide, squeeze=False), rows, strict=True):
-    for axis in axes[len(row.panels) :]:
+    for axis in axes[len(row) :]:
       axis.set_axis_off()
-    for axis, (title, drawn) in zip(axes, row.panels, strict=False):
+    for axis, plot in zip(axes, row, strict=False):
+      drawn = [line for line in plot.lines if line.points]
       for line in drawn:
-        if line.points:
-          (handles[line.label],) = axis.plot(
-            *zip(*sorted(line.points), strict=True),
-            color=line.colour,
-            linestyle=line.style,
-            marker='o',
-            markersize=4,
-            linewidth=2,
-          )
-      axis.set_title(title)
-      axis.set_xlabel(row.across)
-      if row.log and axis.lines:
+        (handles[line.label],) = axis.plot(
+          *zip(*sorted(line.points), strict=True),
+          color=line.colour,
+          linestyle=line.style,
+          marker='o',
+          markersize=4,
+          linewidth=2,
+        )
+      axis.set_title(plot.title)
+      axis.set_xlabel(plot.across)
+      if plot.log and drawn:
         log_axis(axis.xaxis)
-      axis.set_ylim(bottom=0, top=1.03 if row.shares else None)
+      elif all(float(x).is_integer() for line in drawn for x, _ in line.points):
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+      axis.set_ylim(bottom=0, top=1.03 if plot.shares else None)
   if handles:
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)))
   return figure
@@ -281,7 +284,7 @@ def over_radii(rows: Sequence[Mapping[str, Any]]) -> Figure:
   kinds = dict.fromkeys((r['attack'], r['interpreter']) for r in rows)
   kinds = {k: None for k in kinds if k[0] not in NOT_PERTURBED}
   names = list(dict.fromkeys(name for _, name in kinds))
-  panels = []
+  row = []
   for field, title in _OVER_RADII.items():
     drawn = []
     for attack, name in kinds:
@@ -289,8 +292,8 @@ def over_radii(rows: Sequence[Mapping[str, Any]]) -> Figure:
       points = [(r['epsilon'], r[field]) for r in own if r.get(field) is not None]
       style = _LINES[names.index(name) % len(_LINES)]
       drawn.append(Line(f'{label(attack)} · {name.upper()}', points, colour(attack), style))
-    panels.append((title, drawn))
-  return lines([Panels('ε', panels, log=True)])
+    row.append(Plot(title, 'ε', drawn, log=True))
+  return plots([row])
 
 
 def dots(
