@@ -1,4 +1,5 @@
 # Everything from nothing: each target makes .venv and installs what it needs first.
+# --no-compile: most modules of what is installed are never imported; Python compiles the others.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,15 +26,15 @@ lint: $(VENV)/.test
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -e .
+	$(PY) -m pip install -q --no-compile -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PY) -m pip install -q -e '.[test]'
+	$(PY) -m pip install -q --no-compile -e '.[test]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(PY) -m pip install -q -e '.[bench]'
+	$(PY) -m pip install -q --no-compile -e '.[bench]'
 	touch $@
 
 clean:
