@@ -279,8 +279,8 @@ def attack(
       0.031; the image delivered is rounded to 8 bits, and so up to ε + 0.5/255 from an x that lies
       on that grid, ε + 1/255 from one that does not. L2: to be given; rounding adds up to
       0.5/255·√(HWC).
-    preset: 'fast', 'authors', or a `presets.Recipe`, which has its own framework and norm: say the
-      same ones.
+    preset: 'fast', 'authors', one of the literature (`baselines.RECIPES`), or a `presets.Recipe`,
+      which has its own framework and norm: say the same ones.
     key: random key, one, or one per image, [B], so that an image's numbers do not depend on its
       place; None: `jax.random.key(0)`.
     steps: steps on the joint loss; None: the preset's.

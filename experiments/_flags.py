@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 
 from adv2_jax import data, interpreters, nets, validate
-from adv2_jax.attacks import frameworks, goals
+from adv2_jax.attacks import frameworks, goals, presets
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
@@ -92,7 +92,8 @@ def define_attack_flags() -> None:
   flags.DEFINE_list('epsilon', None, 'Radius, in units of the image range, of pgd: a number or a '
                     'fraction such as 8/255; L∞: default 0.031. Several: all of it once for '
                     'each.')  # fmt: skip
-  flags.DEFINE_enum('preset', 'fast', ['fast', 'authors'], 'Schedule: ours, or the published one.')
+  flags.DEFINE_enum('preset', 'fast', presets.NAMES, 'Schedule: ours, the published one, or an '
+                    'attack of the literature (BUILD.md).')  # fmt: skip
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
   flags.DEFINE_list(
@@ -125,7 +126,8 @@ def define_transfer_flags() -> None:
 
 def define_tables_flags() -> None:
   """Which tables, of what."""
-  flags.DEFINE_list('table', None, 'Some of E1, E2, E3, E4, E6, E7, joint; or all.', required=True)
+  flags.DEFINE_list('table', None, 'Some of E1, E2, E3, E4, E6, E7, literature, '
+                    'joint; or all.', required=True)  # fmt: skip
   flags.DEFINE_enum('scale', 'cpu', ['smoke', 'cpu', 'full'], 'How many images: a few, 256 (64 '
                     'where MASK is among the interpreters), or 2000 (500).')  # fmt: skip
   flags.DEFINE_multi_string('on', None, "Other data and nets: 'NAME [N[/M]] --dataset …', flags of "
@@ -238,13 +240,15 @@ def radii(values: Sequence[str] | None) -> float | list[float] | None:
 
 def default_interpreters(c: Mapping[str, Any]) -> list[str]:
   """Those of the method, as far as they can be attacked (or, without a preset, drawn) here."""
+  if c.get('preset') == 'dombrowski':
+    return ['grad']
   mask = [] if _mask_is_refused(c) else ['mask']
   decoder = c['decoder'] or zoo.built_in_decoder(c['model'], c['weights'])
   return ['grad', 'cam', *mask, *(['rts'] if decoder else [])]
 
 
 def _mask_is_refused(c: Mapping[str, Any]) -> bool:
-  return c.get('preset') == 'fast' and c['target_map'] in goals.AWAY
+  return c.get('preset') not in (None, 'authors') and c['target_map'] in goals.AWAY
 
 
 def check(c: dict[str, Any]) -> None:
@@ -283,8 +287,8 @@ def check(c: dict[str, Any]) -> None:
   _check_attacks(c.get('attacks'))
   if refused := [n for n in ('mask', 'joint') if n in c['interpreters'] and _mask_is_refused(c)]:
     raise InputError(
-      f'--target_map {c["target_map"]}: {refused[0]} under --preset fast comes close to maps, and '
-      f'goes away from none; leave {refused[0]} out of --interpreters'
+      f'--target_map {c["target_map"]}: {refused[0]} under --preset {c["preset"]} comes close to '
+      f'maps, and goes away from none; leave {refused[0]} out of --interpreters'
       f'{", or take --preset authors" * (refused[0] == "mask")}'
     )
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():

@@ -170,6 +170,20 @@ def gap(s: Subject) -> Cases:
     yield f'path {share:g}', attack(s, s.names, more, share=2)
 
 
+def literature(s: Subject) -> Cases:
+  """Attacks of the literature, each beside ours with the same aim."""
+  light = [name for name in s.names if name != 'mask']
+  away = {'goal': 'map_only', 'target_map': 'away', 'attacks': 'benign,adv2'}
+  other = {'goal': 'map_only', 'target_map': 'random_class', 'attacks': 'benign,adv2'}
+  for case, names, more, preset in (
+    ('deceive', light, {'attacks': KEPT}, 'adv_edge'),
+    ('another map', ['grad'], other, 'dombrowski'),
+    ('away', light, away, 'ghorbani'),
+  ):
+    for name in ('fast', preset):
+      yield f'{case}: {name}', attack(s, names, {**more, 'preset': name}, share=4)
+
+
 def subjects(config: Mapping[str, Any]) -> list[Subject]:
   """The scenes and what --on names; InputError for a line that says too little."""
   scale = SCALES[config['scale']]

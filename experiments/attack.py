@@ -91,6 +91,14 @@ def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
   return frameworks.by_name(config['preset'], name, config['steps_s1'], config['steps_s2'], **space)
 
 
+def check_recipes(setup: _setup.Setup) -> None:
+  """InputError where an attack does not go with an interpreter or a goal, before any is made."""
+  for name, interpreter in setup.interpreters.items():
+    if 'adv2' in attacks_on(setup, interpreter):
+      recipe = recipe_of(setup.config, 'adv2', name)
+      recipe.schedule(setup.clf, interpreter, recipe.perturbation(0.1), jax.random.key(0))
+
+
 def ids_done(
   done: Mapping[tuple[str, str], set[int]], attack: str, names: Sequence[str], name: str = ''
 ) -> set[int]:
@@ -378,6 +386,7 @@ def run(config: dict[str, Any]) -> Workdir:
   if len(examples.id) < config['num_examples']:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
+  check_recipes(setup)
   inputs = Inputs(setup, examples, given, digests, Stopwatch())
   workdir = Workdir.create(path, config, resume, digests)
   seen = health.Health(stays=_targets.goal_of(config).holds)

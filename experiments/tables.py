@@ -256,6 +256,22 @@ TABLES = {
     ),
     draw_gap,
   ),
+  'literature': Table(
+    'Attacks of the literature, beside ours',
+    _programme.literature,
+    ('pgd', 'adv2'),
+    (
+      ASR,
+      Column('mc', 'MC'),
+      L1,
+      MEDIAN,
+      IOU,
+      Column('map_topk', 'top-k'),
+      Column('gradient_evaluations', 'evals'),
+    ),
+    draw_dots,
+    (ASR, L1, IOU),
+  ),
   'joint': Table(
     'All interpreters at once',
     _programme.joint,

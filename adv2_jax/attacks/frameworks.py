@@ -6,7 +6,7 @@ pgd: the L∞ ball, or with norm 'l2' the L2 ball. stadv: flows (`stadv`). cw: t
 
 import math
 
-from adv2_jax.attacks import cw, presets, stadv
+from adv2_jax.attacks import baselines, cw, presets, stadv
 from adv2_jax.attacks.goals import DECEIVE, Goal
 from adv2_jax.attacks.presets import Recipe
 from adv2_jax.types import InputError
@@ -74,7 +74,7 @@ def by_name(
   """The recipe of that preset and framework for an interpreter's name.
 
   Args:
-    preset: 'fast' or 'authors'.
+    preset: 'fast' or 'authors', or with pgd in L∞ one of the literature's, see `baselines`.
     name: the interpreter's.
     steps_s1: warm-up steps; None: the preset's. cw has no warm-up, they are added to the others.
     steps_s2: steps on the joint loss; None: the preset's.
@@ -88,6 +88,11 @@ def by_name(
     InputError: an unknown name, or settings that make no sense.
   """
   check(framework, norm, tau=tau, kappa=kappa)
+  if preset in baselines.RECIPES:
+    presets.check_steps(steps_s1, steps_s2)
+    if (framework, norm) != ('pgd', 'linf'):
+      raise InputError(f"preset {preset!r} goes with framework 'pgd' and norm 'linf' alone")
+    return baselines.RECIPES[preset](name, steps_s1, steps_s2, goal)
   linf = presets.by_name(preset, name, steps_s1, steps_s2, goal=goal)  # checks what they share
   if name == 'joint' and framework != 'pgd':
     raise InputError(
@@ -118,6 +123,7 @@ def plain(
 ) -> Recipe:
   """The same on the classifier alone; arguments and errors as in `by_name`."""
   check(framework, norm, tau=tau, kappa=kappa)
+  preset = 'fast' if preset in baselines.RECIPES else preset
   presets.by_name(preset, 'cam')  # says which presets there are
   if framework == 'cw':
     return cw.plain(preset, steps, goal, kappa or 0.0)

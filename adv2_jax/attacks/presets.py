@@ -32,6 +32,8 @@ from adv2_jax.types import (
   step_keys,
 )
 
+NAMES = ('fast', 'authors', 'adv_edge', 'dombrowski', 'ghorbani')  # the last three: `baselines`
+
 
 class Recipe(NamedTuple):
   """All that is chosen before an attack meets a model.
@@ -333,6 +335,13 @@ def _usual(name: str, is_exact: bool) -> Fast:
   return settings_in(FAST, name, is_exact)
 
 
+def check_steps(steps_s1: int | None, steps_s2: int | None) -> None:
+  """InputError for numbers of steps that are none."""
+  for flag, value in (('steps_s1', steps_s1), ('steps_s2', steps_s2)):
+    if value is not None and value < (0 if flag == 'steps_s1' else 1):
+      raise InputError(f'{flag} is {value}; expected a positive number of steps')
+
+
 def by_name(
   preset: str,
   name: str,
@@ -342,9 +351,7 @@ def by_name(
   goal: Goal = DECEIVE,
 ) -> Recipe:
   """The recipe of that preset ('fast' or 'authors') for an interpreter's name."""
-  for flag, value in (('steps_s1', steps_s1), ('steps_s2', steps_s2)):
-    if value is not None and value < (0 if flag == 'steps_s1' else 1):
-      raise InputError(f'{flag} is {value}; expected a positive number of steps')
+  check_steps(steps_s1, steps_s2)
   if preset == 'authors':
     if name == 'joint':
       raise InputError(
@@ -358,4 +365,4 @@ def by_name(
         + ("take preset 'authors' for that" if name == 'mask' else 'attack one after the other')
       )
     return fast(name, steps_s1, steps_s2, goal)
-  raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")
+  raise InputError(f'preset {preset!r} is unknown; expected one of {", ".join(NAMES)}')
