@@ -63,9 +63,9 @@ FAST = Search(6, 50, 1.0, 0.05, decay=True)
 # ρ (√mse), λ, and how often an inexact map is made afresh; chosen on scenes.
 MAPS = {
   'cam': (0.25, 10.0, 1),
-  'rts': (0.1, 10.0, 1),
+  'rts': (0.18, 100.0, 1),
   'grad': (0.12, 10.0, 5),
-  'mask': (0.2, 0.3, 10),
+  'mask': (0.25, 0.3, 10),
 }
 
 
