@@ -20,6 +20,7 @@ class Scale(NamedTuple):
     radii: of the runs with several, in grey levels.
     shares: of the way between target maps.
     steps: instead of the presets'; None: theirs.
+    more_steps: how many E1 and E2 take besides where they are cheap, as maps come closer by them.
     subsets: sizes of the subsets of interpreters that the joint attack is made on.
     published: other frameworks that are run with their published schedules too, on fewer images.
     names: interpreters of E3, E4, E7; () for all of the subject's.
@@ -31,6 +32,7 @@ class Scale(NamedTuple):
   radii: tuple[int, ...] = (1, 2, 4, 8)
   shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
   steps: int | None = None
+  more_steps: int | None = 260  # a fifth of the published ones of RTS
   subsets: tuple[int, ...] = (2, 3)
   published: tuple[str, ...] = ('stadv',)  # C&W's takes 9000 gradients
   names: tuple[str, ...] = ()
@@ -44,6 +46,7 @@ SCALES = {
     radii=(2, 8),
     shares=(0.5,),
     steps=4,
+    more_steps=None,
     subsets=(),
     published=(),
     names=('cam',),
@@ -118,6 +121,8 @@ def effect(s: Subject) -> Cases:
     yield '', attack(s, s.light)
   if 'mask' in s.interpreters:
     yield '', attack(s, ['mask'])
+  if (n := s.scale.more_steps) and (cheap := [name for name in s.light if name != 'grad']):
+    yield f'{n} steps', attack(s, cheap, {'steps_s2': str(n)})
 
 
 def other_maps(s: Subject) -> Cases:
