@@ -432,6 +432,7 @@ def attacked(
   units = [(a, '') for a in SHARED if (a, names[0]) in done]
   units += [('adv2', name) for name in names if ('adv2', name) in done]
   with tqdm.tqdm(
+    desc=f'ε {config["epsilon"]:.4g}' if len(seen) > 1 else None,
     total=len(ids) * len(units),
     initial=sum(len(ids & ids_done(done, attack, names, name)) for attack, name in units),
     unit='img',
