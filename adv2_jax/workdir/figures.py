@@ -310,14 +310,15 @@ def dots(
   figure = Figure(figsize=(2.2 + 3.0 * len(fields), 1.2 + 0.27 * n), dpi=140, layout='constrained')
   axes = figure.subplots(1, len(fields), squeeze=False, sharey=True)[0]
   for axis, (field, title) in zip(axes, fields.items(), strict=True):
+    right = 0.0
     for k, (_, rows) in enumerate(named):
       for attack in attacks:
         value = figure_of(rows[attack], field) if attack in rows else None
         if value is not None:
           axis.plot(value, k, 'o', color=colour(attack), markersize=6.5, alpha=0.9)
+          right = max(right, value)
     axis.set_title(title)
-    axis.set_xlim(left=0)
-    axis.margins(x=0.08)
+    axis.set_xlim(0, 1.05 * right or 1)
   axes[0].set_yticks(range(n), [name for name, _ in named])
   axes[0].set_ylim(n - 0.5, -0.5)
   handles = [
