@@ -78,6 +78,10 @@ def ghorbani(
 
   100 steps of 1/255 along the map's loss; of the iterates whose class is still the true one, that
   with the least left of the benign map.
+
+  Differs from the authors' code: GRAD's own surrogate instead of softplus; a fifth of the cells,
+  theirs 1000 of 227² pixels; maps within [0,1] before they are summed; the iterate kept is that of
+  least mass left, theirs that of smallest intersection.
   """
   _only_map('ghorbani', name, goal, is_away=True)
 
@@ -112,7 +116,8 @@ def dombrowski(
   normalised units (4.5e-5 of the image range). 4000 is the published 1e11 for maps that sum to 1
   in place of our [0,1], at 224 px and a mean of .1. The best iterate by the real net's map.
 
-  Differs from the authors' code: within the L∞ ball, which it lacks.
+  Differs from the authors' code: within the L∞ ball, which it lacks; the best iterate, theirs is
+  the last; for maps of other sizes 4000 is another share of the two terms.
   """
   _only_map('dombrowski', name, goal, is_away=False)
   n = steps_s2 or 1500
