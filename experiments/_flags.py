@@ -126,7 +126,7 @@ def define_transfer_flags() -> None:
 
 def define_tables_flags() -> None:
   """Which tables, of what."""
-  flags.DEFINE_list('table', None, 'Some of E1, E2, E3, E4, E6, E7, literature, '
+  flags.DEFINE_list('table', None, 'Some of E1, E2, E3, E4, E6, E7, speed, literature, '
                     'joint; or all.', required=True)  # fmt: skip
   flags.DEFINE_enum('scale', 'cpu', ['smoke', 'cpu', 'full'], 'How many images: a few, 256 (64 '
                     'where MASK is among the interpreters), or 2000 (500).')  # fmt: skip
@@ -134,6 +134,8 @@ def define_tables_flags() -> None:
                             'experiments.attack; N images, M where MASK is among the '
                             'interpreters. May be repeated.')  # fmt: skip
   flags.DEFINE_bool('scenes', True, 'Among the data.')
+  flags.DEFINE_integer('jobs', 1, 'Runs at a time, each with a log instead of a bar: for small '
+                       'ones on a CPU, which mostly trace and compile.')  # fmt: skip
   flags.DEFINE_string('workdir', None, 'Where tables and runs go; default: runs/tables-<scale>.')
 
 

@@ -125,6 +125,12 @@ def effect(s: Subject) -> Cases:
     yield f'{n} steps', attack(s, cheap, {'steps_s2': str(n)})
 
 
+def speed(s: Subject) -> Cases:
+  """Our schedule beside the published one, on the same images."""
+  for preset in ('fast', 'authors'):
+    yield preset, attack(s, s.names, {'preset': preset, 'attacks': KEPT}, share=4)
+
+
 def other_maps(s: Subject) -> Cases:
   """E3."""
   for kind in ('random_patch', 'random_class'):

@@ -11,6 +11,8 @@ flags of experiments.attack. Every run is a process of its own with a working di
 what was killed goes on. Writes E1.csv, .md, .tex and .png, the Markdown with the commands.
 """
 
+import concurrent.futures
+import os
 import pathlib
 import shlex
 import subprocess
@@ -256,6 +258,21 @@ TABLES = {
     ),
     draw_gap,
   ),
+  'speed': Table(
+    'Gradient evaluations and seconds: fast beside authors',
+    _programme.speed,
+    ('pgd', 'adv2'),
+    (
+      ASR,
+      L1,
+      IOU,
+      Column('gradient_evaluations', 'evals'),
+      Column('network_passes', 'passes'),
+      Column('seconds_per_image', 's/image', '.2f'),
+    ),
+    draw_dots,
+    (L1, IOU, Column('gradient_evaluations', 'Gradient evaluations')),
+  ),
   'literature': Table(
     'Attacks of the literature, beside ours',
     _programme.literature,
@@ -336,27 +353,32 @@ def command_of(module: str, flags: Mapping[str, str]) -> list[str]:
   return ['python', '-m', f'experiments.{module}', *words]
 
 
-def make(run: Run, folder: pathlib.Path, cache: str | None) -> list[str]:
+def make(run: Run, folder: pathlib.Path, cache: str | None, is_quiet: bool) -> list[str]:
   """Sees to it that the run is finished; the commands that do it."""
   commands = [command_of('attack', run.flags | {'workdir': str(folder)})]
   if not (folder / 'metrics.json').exists():
-    _start([*commands[0], '--resume'], cache)
+    _start([*commands[0], '--resume'], folder, cache, is_quiet)
   if run.shown_to:
     names = ','.join(run.shown_to)
     commands.append(command_of('transfer', {'workdir': str(folder), 'interpreters': names}))
     if not (folder / 'transfer' / 'transfer.json').exists():
-      _start(commands[1], cache)
+      _start(commands[1], folder, cache, is_quiet)
   return [shlex.join(command) for command in commands]
 
 
-def _start(command: Sequence[str], cache: str | None) -> None:
+def _start(command: Sequence[str], folder: pathlib.Path, cache: str | None, is_quiet: bool) -> None:
   own = [sys.executable, *command[1:]]
   if cache is not None:
     own.append(f'--compilation_cache={cache}')
   print(shlex.join(command), file=sys.stderr, flush=True)
-  done = subprocess.run(own, stdout=subprocess.DEVNULL, check=False)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  log = folder.with_suffix('.log')
+  with open(log if is_quiet else os.devnull, 'wb') as told:
+    errors = told if is_quiet else None
+    done = subprocess.run(own, stdout=subprocess.DEVNULL, stderr=errors, check=False)
   if done.returncode:
-    raise InputError(f'stopped: {shlex.join(command)} ended with {done.returncode}, see above')
+    where = f'see {log}' if is_quiet else 'see above'
+    raise InputError(f'{shlex.join(command)} ended with {done.returncode}, {where}')
 
 
 def run(config: dict[str, Any]) -> pathlib.Path:
@@ -366,31 +388,57 @@ def run(config: dict[str, Any]) -> pathlib.Path:
     raise InputError(
       f'--table is {",".join(names)!r}; expected some of {", ".join(TABLES)}, or all'
     )
+  if config['jobs'] < 1:
+    raise InputError(f'--jobs is {config["jobs"]}; expected how many runs at a time, 1 or more')
   found = _programme.subjects(config)
   folder = store.directory(config['workdir'] or f'runs/tables-{config["scale"]}')
-  for name in names:
-    table, rows, commands = TABLES[name], [], []
-    for subject in found:
-      for case, one in table.cases(subject):
-        where = folder / one.folder(subject.name)
-        commands += make(one, where, config.get('compilation_cache'))
-        own = table.read(subject, case, where)
-        rows += [r for r in own if not table.attacks or r['attack'] in table.attacks]
-    if name == 'joint':
-      _beside_single(rows)
-    printed = grid(table, rows)
-    text = _printed.markdown(table.title, printed, list(dict.fromkeys(commands)))
-    files = {f'{name}.csv': _printed.to_csv(rows), f'{name}.md': text.encode()}
-    files[f'{name}.tex'] = _printed.latex(table.title, printed).encode()
-    for file, of in _figures(name, table, rows):
-      with figures.style():
-        files[file] = figures.png(table.draw(table, of))
-    with store.writing(folder, 'make room, then start it again'):
-      for file, content in files.items():
-        images.write_atomic(folder / file, content)
-    print(text)
-    print(folder / f'{name}.md')
+  declared = {
+    name: [
+      (subject, case, one, folder / one.folder(subject.name))
+      for subject in found
+      for case, one in TABLES[name].cases(subject)
+    ]
+    for name in names
+  }
+  unique = {where: one for runs in declared.values() for _, _, one, where in runs}
+  cache, is_quiet = config.get('compilation_cache'), config['jobs'] > 1
+  with concurrent.futures.ThreadPoolExecutor(config['jobs']) as pool:
+    made = {where: pool.submit(make, one, where, cache, is_quiet) for where, one in unique.items()}
+    try:
+      for name, runs in declared.items():
+        commands = [c for where in dict.fromkeys(r[-1] for r in runs) for c in made[where].result()]
+        _write(name, runs, commands, folder)
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
   return folder
+
+
+def _write(
+  name: str,
+  runs: Sequence[tuple[Subject, str, Run, pathlib.Path]],
+  commands: Sequence[str],
+  folder: pathlib.Path,
+) -> None:
+  """A table, once its runs are there."""
+  table, rows = TABLES[name], []
+  for subject, case, _, where in runs:
+    own = table.read(subject, case, where)
+    rows += [r for r in own if not table.attacks or r['attack'] in table.attacks]
+  if name == 'joint':
+    _beside_single(rows)
+  printed = grid(table, rows)
+  text = _printed.markdown(table.title, printed, commands)
+  files = {f'{name}.csv': _printed.to_csv(rows), f'{name}.md': text.encode()}
+  files[f'{name}.tex'] = _printed.latex(table.title, printed).encode()
+  for file, of in _figures(name, table, rows):
+    with figures.style():
+      files[file] = figures.png(table.draw(table, of))
+  with store.writing(folder, 'make room, then start it again'):
+    for file, content in files.items():
+      images.write_atomic(folder / file, content)
+  print(text)
+  print(folder / f'{name}.md')
 
 
 def _figures(name: str, table: Table, rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Row]]]:

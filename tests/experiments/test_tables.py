@@ -83,6 +83,7 @@ def test_other_data_are_named_with_their_flags():
     ({'on': ['a --workdir x']}, '--on a: --workdir is what the tables set'),
     ({'on': ['scenes --seed 3']}, 'expected names that differ'),
     ({'scenes': False}, '--noscenes leaves nothing'),
+    ({'jobs': 0}, '--jobs is 0; expected how many runs at a time'),
   ],
 )
 def test_refusals(tmp_path, changes, message):
@@ -137,9 +138,18 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
   assert images.read_image(workdir / 'E1.png').std() > 5
 
 
+def test_a_run_that_fails_is_told(tmp_path):
+  config = DEFAULTS | {'table': ['E3'], 'scale': 'smoke', 'workdir': str(tmp_path), 'jobs': 2}
+  on = ['bad 1 --dataset npz --data_path nowhere.npz']
+  with pytest.raises(InputError, match=r'target_map=random_patch .* ended with 1, see .*log'):
+    tables.run(config | {'on': on, 'scenes': False})
+  assert 'nowhere.npz does not exist' in next(tmp_path.glob('*.log')).read_text()
+  assert not (tmp_path / 'E3.md').exists()
+
+
 @pytest.mark.slow
 def test_all_tables_on_a_few_scenes(tmp_path):
-  config = DEFAULTS | {'table': ['all'], 'scale': 'smoke', 'workdir': str(tmp_path)}
+  config = DEFAULTS | {'table': ['all'], 'scale': 'smoke', 'workdir': str(tmp_path), 'jobs': 2}
   tables.run(config)
   for name in tables.TABLES:
     for kind in ('csv', 'md', 'tex', 'png'):
