@@ -178,7 +178,7 @@ def draw_joint(table: Table, rows: Sequence[Row]) -> Figure:
     [
       [
         figures.Plot('Map IoU, means over the subsets', across, drawn),
-        _plot('All at once: map IoU', RADIUS, within, _levels, 'map_iou'),
+        _plot('All at once: map IoU, all images', RADIUS, within, _levels, 'map_iou_all'),
       ]
     ]
   )
