@@ -34,7 +34,7 @@ class Scale(NamedTuple):
   steps: int | None = None
   more_steps: int | None = 260  # a fifth of the published ones of RTS
   subsets: tuple[int, ...] = (2, 3)
-  published: tuple[str, ...] = ('stadv',)  # C&W's takes 9000 gradients
+  published: tuple[str, ...] = ()
   names: tuple[str, ...] = ()
   joint: tuple[str, ...] = ()
 
@@ -48,7 +48,6 @@ SCALES = {
     steps=4,
     more_steps=None,
     subsets=(),
-    published=(),
     names=('cam',),
     joint=('cam', 'mask', 'rts'),
   ),
