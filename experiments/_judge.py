@@ -79,6 +79,8 @@ TABLE = {
   'map_iou': 'IoU',
   'map_spearman': 'Spearman',
   'patch_iou': 'patch IoU',
+  'l2_mean': 'L2',
+  'flow_max': 'px',
   'out_of_set': 'outside',
   'gradient_evaluations': 'evals',
   'seconds': 'seconds',
@@ -90,7 +92,8 @@ def table(found: list[dict[str, Any]]) -> str:
   found = [row for row in found if row['n']]
   radii = {row.get('epsilon') for row in found}
   left_out = {'epsilon'} if len(radii) < 2 else set()
-  left_out |= {'patch_iou'} if all(r.get('patch_iou') is None for r in found) else set()
+  left_out |= {f for f in ('patch_iou', 'flow_max') if all(r.get(f) is None for r in found)}
+  left_out |= set() if any(r.get('framework') == 'cw' for r in found) else {'l2_mean'}
   fields = [f for f in TABLE if f not in left_out]
   lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE[f] for f in fields) + ' |']
   lines.append('|---' * (len(fields) + 3) + '|')

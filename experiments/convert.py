@@ -2,7 +2,7 @@
 
   python -m experiments.convert resnet50.pth resnet50.safetensors
 
-Needs the `convert` extra (`pip install 'adv2_jax[convert]'`). The pickle is read by torch with
+Needs the `convert` extra (`pip install '.[convert]'`). The pickle is read by torch with
 `weights_only=True`, which builds tensors and containers and calls nothing else.
 """
 
@@ -43,7 +43,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> zoo.Tensors:
   try:
     import torch
   except ImportError as e:
-    raise InputError(f'torch is not installed ({e}); run: pip install "adv2_jax[convert]"') from e
+    raise InputError(f'torch is not installed ({e}); run: pip install ".[convert]"') from e
   try:
     content = torch.load(source, map_location='cpu', weights_only=True)
   except Exception as e:  # torch raises pickle, zip, runtime and other errors

@@ -32,7 +32,7 @@ import tqdm
 from matplotlib.figure import Figure
 
 from adv2_jax import data, images, interpreters, metrics, nets, validate
-from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD
+from adv2_jax.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
 from adv2_jax.training import classifier as classifying
 from adv2_jax.training import fit as training
 from adv2_jax.types import InputError, Key, PyTree
@@ -139,14 +139,11 @@ def pixels_and_histogram(image: np.ndarray, cells: int = 16, bins: int = 16) -> 
   return np.concatenate([blocks.reshape(n, -1), histogram.reshape(n, -1), mean], axis=1)
 
 
-def pointing_game(
-  model: str, weights: str, dataset: data.Dataset, n: int = 500
-) -> dict[str, float]:
+def pointing_game(clf: Classifier, dataset: data.Dataset, n: int = 500) -> dict[str, float]:
   """Interpreter -> share of maps (of the true class) whose maximum lies on the object.
 
   Beside them, as `chance`, the share that a random pixel would score.
   """
-  clf = zoo.load_classifier(model, weights)
   masks = np.stack([np.asarray(dataset.mask(i)) for i in range(n)])
   batches = [np.arange(start, start + 50) for start in range(0, n, 50)]
   scores = {'chance': float(masks.mean())}
@@ -295,7 +292,8 @@ def classifier_task(c: Mapping[str, Any], train: Arrays, test: Arrays, per_epoch
     }
     if c['dataset'] == 'scenes':
       known['linear_baseline_accuracy'] = linear_baseline(train, test)
-      known['pointing_game'] = pointing_game(c['model'], str(weights), test.dataset)
+      clf = zoo.load_classifier(c['model'], weights, mean=mean, std=std)
+      known['pointing_game'] = pointing_game(clf, test.dataset)
     return known
 
   phase = training.Phase('state', step, begin, c['steps'])

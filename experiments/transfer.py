@@ -194,7 +194,7 @@ def _judged(
       validate.explicable(target, interpreter, 'target', padded)
       clean_maps = _judge.two_class_maps(clf, interpreter, clean, label, target, keys)
       before = target
-    bar.set_postfix_str(f'{name} looks at {m.attack}{" on " * bool(m.attacked)}{m.name(name)}')
+    bar.set_postfix_str(f'{name} looks at {m.attack}{f" on {m.name(name)}" * bool(m.attacked)}')
     scores = _judge.score(
       clf,
       clean,
@@ -258,6 +258,8 @@ def show(results: Results, flags: dict[str, Any]) -> pathlib.Path:
   with store.writing(folder, 'make room, then start it again'):
     for kind, content in files.items():
       images.write_atomic(folder / f'transfer.{kind}', content)
+  if isinstance(epsilon := results.config.get('epsilon'), float):
+    print(f'ε {epsilon:.4g}\n')
   print(text)
   print(folder / 'transfer.json')
   return folder

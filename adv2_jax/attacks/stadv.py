@@ -155,7 +155,7 @@ def _adam(n: int, first: float) -> optax.GradientTransformation:
 
 
 FAST = {
-  'cam': Fast(100, 30.0, first_step=0.1),
+  'cam': Fast(100, 30.0, first_step=0.15),
   'rts': Fast(100, 100.0, first_step=0.1),
   'grad': Fast(200, 100.0, first_step=0.06, every=5),
   'mask': Fast(100, 30.0, first_step=0.1, every=10),

@@ -389,7 +389,8 @@ def prepared_tfds(
     raise
   except Exception as error:
     raise InputError(
-      f'{name} is not prepared for random access ({error}): pip install "adv2_jax[tfds]" and run '
+      f'{name} is not prepared for random access ({error}): pip install ".[tfds]" in the '
+      f'checkout, and run '
       f'python -c "import tensorflow_datasets as tfds; tfds.builder({builder_name!r}{where}, '
       "file_format='array_record').download_and_prepare()\""
     ) from None

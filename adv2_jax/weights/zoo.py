@@ -373,8 +373,10 @@ def statistics(
   def of(name: str, given: Any, usual: Sequence[float]) -> tuple[float, ...]:
     if given is not None:
       return validate.per_channel(name, given, 3, std=name == 'std')
+    if (known := card.get(name)) is None:  # blank on the card of a training that was cut short
+      return validate.per_channel(name, usual, 3, std=name == 'std')
     what = f'{name} of the card {path.with_suffix(".json")}'
-    return validate.per_channel(what, card.get(name, usual), 3, std=name == 'std')
+    return validate.per_channel(what, known, 3, std=name == 'std')
 
   return of('mean', mean, IMAGENET_MEAN), of('std', std, IMAGENET_STD)
 

@@ -260,13 +260,26 @@ def plots(rows: Sequence[Sequence[Plot]]) -> Figure:
       axis.set_title(plot.title)
       axis.set_xlabel(plot.across)
       if plot.log and drawn:
-        log_axis(axis.xaxis)
+        _radius_axis(axis.xaxis, sorted({x for line in drawn for x, _ in line.points}))
       elif all(float(x).is_integer() for line in drawn for x, _ in line.points):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
       axis.set_ylim(bottom=0, top=1.03 if plot.shares else None)
   if handles:
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)))
   return figure
+
+
+def _radius_axis(axis: XAxis | YAxis, radii: Sequence[float]) -> None:
+  """A logarithmic axis with a mark at each radius, as a fraction of 255 where it is one."""
+  axis.axes.set_xscale('log')
+  levels = [255 * r for r in radii]
+  names = [
+    f'{k:.0f}/255' if abs(k - round(k)) < 1e-3 else f'{r:.3g}'
+    for k, r in zip(levels, radii, strict=True)
+  ]
+  axis.set_major_locator(matplotlib.ticker.FixedLocator(radii))
+  axis.set_major_formatter(matplotlib.ticker.FixedFormatter(names))
+  axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 _OVER_RADII = {
@@ -329,6 +342,11 @@ def dots(
   return figure
 
 
+def is_away(rows: Sequence[Mapping[str, Any]]) -> bool:
+  """Whether the benign map was to be left, so that far is what was wanted."""
+  return any(str(row.get('target_map')).startswith('away') for row in rows)
+
+
 def figure_of(row: Mapping[str, Any], field: str) -> Any:
   """A figure of the table; of images nobody attacked over all of them, for want of successes."""
   value = row.get(field)
@@ -342,8 +360,15 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
   interpreters = list(dict.fromkeys(row['interpreter'] for row in rows))
   attacks = [a for a in COLOURS if a != 'benign' and any(row['attack'] == a for row in rows)]
   figure = Figure(figsize=(10, 3.6), dpi=140, layout='constrained')
-  panels = {'map_l1': 'Map L1 to the target map (lower: better hidden)', 'map_iou': 'Map IoU'}
-  panels['map_iou'] += ' with the target map (higher: better hidden)'
+  panels = {
+    'map_l1': 'Map L1 to the target map (lower: better hidden)',
+    'map_iou': 'Map IoU with the target map (higher: better hidden)',
+  }
+  if is_away(rows):
+    panels = {
+      'map_l1': 'Map L1 to the benign map (higher: further away)',
+      'map_iou': 'Map IoU with the benign map (lower: further away)',
+    }
   for axis, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
     width = 0.8 / max(1, len(attacks))
     for k, attack in enumerate(attacks):
@@ -363,6 +388,9 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
           fontsize=7.5,
         )
     axis.set_xticks(range(len(interpreters)), [name.upper() for name in interpreters])
+    axis.set_xlim(
+      -0.5, len(interpreters) - 0.5
+    )  # also where there is no bar, for want of successes
     axis.set_title(title)
     axis.grid(False, axis='x')
     axis.set_ylim(bottom=0)
@@ -373,7 +401,7 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
   return figure
 
 
-def scatter(pairs: Mapping[str, np.ndarray]) -> Figure:
+def scatter(pairs: Mapping[str, np.ndarray], away: bool = False) -> Figure:
   """Each example's map L1 [n,2] under PGD (across) and under ADV² (up), a panel per interpreter."""
   figure = Figure(figsize=(max(5.0, 3.2 * len(pairs)), 3.5), dpi=140, layout='constrained')
   axes = figure.subplots(1, max(1, len(pairs)), squeeze=False)[0]
@@ -385,8 +413,9 @@ def scatter(pairs: Mapping[str, np.ndarray]) -> Figure:
     axis.set(xlim=(0, top), ylim=(0, top), aspect='equal')
     axis.set_title(interpreter.upper())
     axis.set_xlabel('map L1 under PGD')
-    below = float((up < across).mean())
-    note = f'ADV² closer to the target\nmap in {below:.0%} of all {len(points)}'
+    better = int((up > across).sum() if away else (up < across).sum())
+    aim = 'further from the benign' if away else 'closer to the target'
+    note = f'ADV² {aim}\nmap: {better} of {len(points)}'
     axis.text(0.04, 0.96, note, transform=axis.transAxes, va='top', fontsize=8)
   axes[0].set_ylabel('map L1 under ADV²')
   if not pairs:

@@ -71,7 +71,7 @@ _TABLE = (
     'success',
     _share,
     'Share of images that the real classifier, given the saved 8-bit file, takes for the target '
-    'class. Below it the 95 % interval (Wilson).',
+    'class (with the goal map_only, the true one). Below it the 95 % interval (Wilson).',
   ),
   _Column(
     'mc',
@@ -83,15 +83,14 @@ _TABLE = (
     'map_l1',
     'map L1',
     _three,
-    'Mean absolute difference between the map the analyst sees and the target map; 0 is '
-    'identical, lower is better hidden. Below it the median, which single failures do not move.',
+    'Mean absolute difference between the map of the target class and the target map; 0 is '
+    'identical. Below it the median, which single failures do not move.',
   ),
   _Column(
     'map_iou',
     'map IoU',
     _three,
-    'Overlap of the most important fifth of the two maps; 1 is identical, higher is better hidden. '
-    'Below it the median.',
+    'Overlap of the most important fifth of the two maps; 1 is identical. Below it the median.',
   ),
   _Column(
     'map_spearman',
@@ -138,6 +137,18 @@ _TABLE = (
     'Share of the map that lies on the true object.',
   ),
   _Column(
+    'flow_max',
+    'moved',
+    lambda v: f'{v:.1f} px',
+    'Largest displacement of any pixel in any image.',
+  ),
+  _Column(
+    'l2_mean',
+    'L2',
+    lambda v: f'{v:.2f}',
+    'Mean L2 norm of the change of an image in [0,1].',
+  ),
+  _Column(
     'linf_max',
     'max change',
     lambda v: f'{255 * v:.0f}/255',
@@ -175,6 +186,12 @@ _TABLE = (
   ),
 )
 
+# Columns that say something only where (framework, norm) is one of these.
+_ONLY_WITH = {
+  'flow_max': (('stadv', 'linf'),),
+  'l2_mean': (('cw', 'linf'), ('pgd', 'l2')),
+  'linf_max': (('pgd', 'linf'),),
+}
 _WITH_MEDIAN = ('map_l1', 'map_iou')
 
 _ZERO = {
@@ -194,11 +211,12 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
     _section('Results', _table(results)),
     _section('What the analyst sees', ''.join(_html_gallery(g) for g in galleries.values())),
   ]
+  is_away = figures.is_away(results.rows)
   texts = {
     'maps': (
-      'How far the map gives the attack away',
-      'Distance of the map from the target map. “Another image” is the scale: the map of an '
-      'unrelated image of the same predicted class.',
+      'How far the map has gone' if is_away else 'How far the map gives the attack away',
+      f'Distance of the map from the {"benign" if is_away else "target"} map. “Another image” is '
+      'the scale: the map of an unrelated image of the same predicted class.',
     ),
     'curves': (
       'The attack over time',
@@ -213,7 +231,9 @@ def render(results: Results, galleries: Mapping[str, Gallery], svgs: Mapping[str
     ),
     'scatter': (
       'Image by image',
-      'Each point is one image; below the dotted line ADV² hides better than PGD.',
+      'Each point is one image; above the dotted line ADV² leads further away than PGD.'
+      if is_away
+      else 'Each point is one image; below the dotted line ADV² hides better than PGD.',
     ),
   }
   for name, svg in svgs.items():
@@ -308,14 +328,19 @@ def _cards(results: Results) -> Iterator[str]:
 
 def _table(results: Results) -> str:
   # What must be 0 is a sentence while it is, and a column when it is not.
+  config = results.config
+  space = (config.get('framework', 'pgd'), config.get('norm', 'linf'))
   shown = [
     c
     for c in _TABLE
     if any(figures.figure_of(r, c.field) is not None for r in results.rows)
     and (c.field != 'epsilon' or results.radii)
+    and space in _ONLY_WITH.get(c.field, (space,))
   ]
   columns = [c for c in shown if c.field not in _ZERO or any(r.get(c.field) for r in results.rows)]
   sound = ''.join(f' {_ZERO[c.field]}' for c in shown if c not in columns)
+  if space[0] != 'pgd':
+    sound = sound.replace(_ZERO['out_of_set'], 'Every pixel is within [0, 1].')
   head = ''.join(f'<th title="{_e(c.meaning)}">{_e(c.title)}</th>' for c in columns)
   lines = []
   for interpreter in results.interpreters:

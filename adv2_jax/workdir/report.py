@@ -73,7 +73,7 @@ def _figures(
   pairs = {name: _pgd_against_adv2(results, name) for name in results.interpreters}
   if any(len(p) for p in pairs.values()):
     chosen = {name: p for name, p in pairs.items() if len(p)}
-    found['scatter'] = functools.partial(figures.scatter, chosen)
+    found['scatter'] = functools.partial(figures.scatter, chosen, figures.is_away(results.rows))
   return found
 
 
@@ -111,7 +111,8 @@ def _gallery(results: Results, interpreter: str) -> page.Gallery:
       for image, i in zip(pictures[attack], ids, strict=True)
     ]
     columns[f'{figures.label(attack)} map'] = _heat(results, attack, interpreter, ids, pictures)
-    if attack == 'benign' and results.config.get('target_map', 'benign') != 'benign':
+    own = str(results.config.get('target_map', 'benign')).startswith(('benign', 'away'))
+    if attack == 'benign' and not own:
       columns['target map'] = _heat(results, 'target', interpreter, ids, pictures)
   if len(attacks) > 1 and attacks[0] == 'benign':
     columns |= _change(pictures['benign'], pictures[attacks[-1]])

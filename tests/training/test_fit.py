@@ -252,6 +252,22 @@ def test_bad_states_are_refused(tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_the_built_in_net_s_command_ends_with_a_card(tmp_path, monkeypatch):
+  """README's, cut short: its card has figures of the weights that it has just written."""
+  cam = {'cam': train.interpreters.FACTORIES['cam']}
+  monkeypatch.setattr(train.interpreters, 'FACTORIES', cam)
+  monkeypatch.setattr(train, 'pointing_game', functools.partial(train.pointing_game, n=50))
+  changes = {'steps': 2, 'num_examples': 200, 'workdir': str(tmp_path / 'run')}
+  train.run(flag_defaults(_flags.define_train_flags) | changes)
+  card = json.loads((tmp_path / 'run/scene_resnet.json').read_text())
+  assert card['mean'] == pytest.approx([0.485, 0.456, 0.406])
+  assert 0 < card['pointing_game']['chance'] < 0.5
+  assert 0 <= card['accuracy'] <= 1
+  clf = zoo.load_classifier('scene_resnet', tmp_path / 'run/scene_resnet.safetensors')
+  assert jax.eval_shape(clf, jnp.zeros((1, 64, 64, 3))).logits.shape == (1, 10)
+
+
 def run_train(cwd, *arguments):
   env = os.environ | {
     'PYTHONPATH': str(pathlib.Path(__file__).parents[2]),

@@ -279,7 +279,7 @@ def test_convert_refuses(tmp_path, monkeypatch):
   ]:
     assert words in refusal(convert.convert, source, target)
   monkeypatch.setitem(sys.modules, 'torch', None)
-  assert 'pip install "adv2_jax[convert]"' in refusal(convert.convert, good, out)
+  assert 'pip install ".[convert]"' in refusal(convert.convert, good, out)
   assert not out.exists()
   assert not (tmp_path / 'harm').exists()
   assert (tmp_path / 'there.safetensors').read_bytes() == b'mine'
