@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 
 from adv2_jax import data, interpreters, nets, validate
-from adv2_jax.attacks import frameworks, goals, presets
+from adv2_jax.attacks import frameworks, goals
 from adv2_jax.training import rts as saliency
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
@@ -92,8 +92,8 @@ def define_attack_flags() -> None:
   flags.DEFINE_list('epsilon', None, 'Radius, in units of the image range, of pgd: a number or a '
                     'fraction such as 8/255; L∞: default 0.031. Several: all of it once for '
                     'each.')  # fmt: skip
-  flags.DEFINE_enum('preset', 'fast', presets.NAMES, 'Schedule: ours, the published one, or an '
-                    'attack of the literature (BUILD.md).')  # fmt: skip
+  flags.DEFINE_enum('preset', 'fast', frameworks.PRESETS, 'Schedule: ours, the published one, or '
+                    'an attack of the literature (BUILD.md).')  # fmt: skip
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
   flags.DEFINE_list(

@@ -19,7 +19,7 @@ from adv2_jax.attacks import frameworks
 from adv2_jax.types import Array, InputError, Map
 from adv2_jax.workdir import store
 from adv2_jax.workdir.results import Results
-from experiments import _setup
+from experiments import _printed, _setup
 
 NOT_KEPT = ('again', 'other')  # no image or map of these is written
 score = jax.jit(metrics.score)
@@ -95,16 +95,15 @@ def table(found: list[dict[str, Any]]) -> str:
   left_out |= {f for f in ('patch_iou', 'flow_max') if all(r.get(f) is None for r in found)}
   left_out |= set() if any(r.get('framework') == 'cw' for r in found) else {'l2_mean'}
   fields = [f for f in TABLE if f not in left_out]
-  lines = ['| interpreter | attack | n | ' + ' | '.join(TABLE[f] for f in fields) + ' |']
-  lines.append('|---' * (len(fields) + 3) + '|')
-  for row in found:
-    cells = [_cell(row.get(field), '.4g' if field == 'epsilon' else '.3f') for field in fields]
-    lines.append(f'| {row["interpreter"]} | {row["attack"]} | {row["n"]} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
-
-
-def _cell(value: Any, form: str) -> str:
-  return '–' if value is None else format(value, form) if isinstance(value, float) else str(value)
+  form = {'epsilon': '.4g'}
+  lines = [
+    [
+      *(str(row[field]) for field in ('interpreter', 'attack', 'n')),
+      *(_printed.cell(row.get(field), form.get(field, '.3f')) for field in fields),
+    ]
+    for row in found
+  ]
+  return _printed.table(['interpreter', 'attack', 'n', *(TABLE[f] for f in fields)], lines)
 
 
 # What a finished run left.

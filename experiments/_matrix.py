@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adv2_jax.workdir import figures
+from experiments import _printed
 
 SHOWN = {
   'map_iou': 'Map IoU (higher: better hidden)',
@@ -36,6 +37,10 @@ class Matrix(NamedTuple):
   is_attacked: np.ndarray
   down: list[str]
   across: list[str]
+
+  def numbers(self) -> list[list[str]]:
+    """The values as they are printed."""
+    return [['–' if np.isnan(v) else f'{v:.3f}' for v in line] for line in self.values]
 
 
 def matrix(found: Sequence[Mapping[str, Any]], field: str, own: tuple[str, str]) -> Matrix:
@@ -65,17 +70,11 @@ def markdown(found: Sequence[Mapping[str, Any]], own: tuple[str, str]) -> str:
   parts = ['Down: what was attacked. Across: who looks, in bold where it was attacked.', '']
   for field, title in (SHOWN | {'asr': 'Success rate on the classifier that looks'}).items():
     m = matrix(found, field, own)
-    parts += [
-      title,
-      '',
-      f'| attacked | {" | ".join(m.across)} |',
-      '|---' * (len(m.across) + 1) + '|',
+    lines = [
+      [name, *(f'**{v}**' if a else v for v, a in zip(numbers, is_attacked, strict=True))]
+      for name, numbers, is_attacked in zip(m.down, m.numbers(), m.is_attacked, strict=True)
     ]
-    for name, values, is_attacked in zip(m.down, m.values, m.is_attacked, strict=True):
-      numbers = ['–' if np.isnan(v) else f'{v:.3f}' for v in values]
-      cells = [f'**{v}**' if a else v for v, a in zip(numbers, is_attacked, strict=True)]
-      parts.append(f'| {name} | {" | ".join(cells)} |')
-    parts.append('')
+    parts += [title, '', _printed.table(['attacked', *m.across], lines), '']
   parts.append(
     'Each interpreter’s map of the class shown, against its own map of the clean image; means over '
     'successes.'

@@ -31,12 +31,16 @@ def cell(value: Any, form: str) -> str:
   return format(value, form) if isinstance(value, float) else str(value)
 
 
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """In Markdown."""
+  row = lambda cells: f'| {" | ".join(cells)} |'  # noqa: E731
+  return '\n'.join([row(head), '|---' * len(head) + '|', *map(row, lines)])
+
+
 def markdown(title: str, found: Grid, commands: Sequence[str]) -> str:
   """The table for a README, and the commands that made its runs."""
-  row = lambda cells: f'| {" | ".join(cells)} |'  # noqa: E731
-  lines = [f'# {title}', '', row(found.head), '|---' * len(found.head) + '|']
-  lines += [*map(row, found.lines), '', 'Made by', '', '```', *commands, '```']
-  return '\n'.join(lines) + '\n'
+  lines = [f'# {title}', '', table(found.head, found.lines), '', 'Made by', '', '```']
+  return '\n'.join([*lines, *commands, '```']) + '\n'
 
 
 _TEX = {'&': r'\&', '%': r'\%', '_': r'\_', '#': r'\#', '²': r'\textsuperscript{2}'} | {

@@ -75,10 +75,10 @@ class Subject(NamedTuple):
     """The interpreters that are attacked at once."""
     return self.scale.joint or self.interpreters
 
-  @property
-  def light(self) -> list[str]:
-    """The interpreters that cost little."""
-    return [name for name in self.interpreters if name != 'mask']
+
+def light(names: Sequence[str]) -> list[str]:
+  """The interpreters that cost little."""
+  return [name for name in names if name != 'mask']
 
 
 class Run(NamedTuple):
@@ -116,11 +116,11 @@ KEPT = 'benign,pgd,adv2'
 
 def effect(s: Subject) -> Cases:
   """E1, E2."""
-  if s.light:
-    yield '', attack(s, s.light)
+  if names := light(s.interpreters):
+    yield '', attack(s, names)
   if 'mask' in s.interpreters:
     yield '', attack(s, ['mask'])
-  if (n := s.scale.more_steps) and (cheap := [name for name in s.light if name != 'grad']):
+  if (n := s.scale.more_steps) and (cheap := [name for name in names if name != 'grad']):
     yield f'{n} steps', attack(s, cheap, {'steps_s2': str(n)})
 
 
@@ -180,9 +180,9 @@ def joint(s: Subject) -> Cases:
 def gap(s: Subject) -> Cases:
   """E7: how far one can be moved while the other is held."""
   levels = ','.join(f'{k}/255' for k in s.scale.radii)
-  if light := [name for name in s.names if name != 'mask']:
+  if names := light(s.names):
     away = {'goal': 'map_only', 'target_map': 'away', 'attacks': 'benign,adv2'}
-    yield 'class held', attack(s, light, {**away, 'epsilon': levels}, share=4)
+    yield 'class held', attack(s, names, {**away, 'epsilon': levels}, share=4)
   yield 'map held', attack(s, s.names, {'epsilon': levels, 'attacks': KEPT}, share=2)
   for share in (0.0, *s.scale.shares):
     kind = f'path:{share:g}' if share else 'benign'
@@ -192,13 +192,13 @@ def gap(s: Subject) -> Cases:
 
 def literature(s: Subject) -> Cases:
   """Attacks of the literature, each beside ours with the same aim."""
-  light = [name for name in s.names if name != 'mask']
+  cheap = light(s.names)
   away = {'goal': 'map_only', 'target_map': 'away', 'attacks': 'benign,adv2'}
   other = {'goal': 'map_only', 'target_map': 'random_class', 'attacks': 'benign,adv2'}
   for case, names, more, preset in (
-    ('deceive', light, {'attacks': KEPT}, 'adv_edge'),
+    ('deceive', cheap, {'attacks': KEPT}, 'adv_edge'),
     ('another map', ['grad'], other, 'dombrowski'),
-    ('away', light, away, 'ghorbani'),
+    ('away', cheap, away, 'ghorbani'),
   ):
     for name in ('fast', preset):
       yield f'{case}: {name}', attack(s, names, {**more, 'preset': name}, share=4)

@@ -93,9 +93,16 @@ def recipe_of(config: dict[str, Any], attack: str, name: str) -> api.Recipe:
 
 def check_recipes(setup: _setup.Setup) -> None:
   """InputError where an attack does not go with an interpreter or a goal, before any is made."""
-  for name, interpreter in setup.interpreters.items():
-    if 'adv2' in attacks_on(setup, interpreter):
-      recipe = recipe_of(setup.config, 'adv2', name)
+  wanted = [
+    (attack, name, interpreter)
+    for name, interpreter in setup.interpreters.items()
+    for attack in attacks_on(setup, interpreter)
+  ]
+  for attack, name, interpreter in wanted:
+    if attack == 'adv2_joint':
+      recipe_of(setup.config, attack, 'joint')
+    elif attack == 'adv2':
+      recipe = recipe_of(setup.config, attack, name)
       recipe.schedule(setup.clf, interpreter, recipe.perturbation(0.1), jax.random.key(0))
 
 
@@ -366,7 +373,6 @@ class Inputs(NamedTuple):
   setup: _setup.Setup
   examples: _setup.Examples
   given_maps: dict
-  digests: dict[str, str]
   watch: Stopwatch
 
 
@@ -387,7 +393,7 @@ def run(config: dict[str, Any]) -> Workdir:
     few = f'{len(examples.id)} examples instead of --num_examples {config["num_examples"]}'
     print(f'{few}: the classifier gets no more right', file=sys.stderr)
   check_recipes(setup)
-  inputs = Inputs(setup, examples, given, digests, Stopwatch())
+  inputs = Inputs(setup, examples, given, Stopwatch())
   workdir = Workdir.create(path, config, resume, digests)
   seen = health.Health(stays=_targets.goal_of(config).holds)
   if isinstance(config['epsilon'], list):
@@ -396,10 +402,10 @@ def run(config: dict[str, Any]) -> Workdir:
       where = workdir.path / store.part_name(epsilon)
       part = config | {'epsilon': epsilon, 'workdir': str(where), 'resume': True}
       own = health.Health(stays=_targets.goal_of(config).holds)
-      found += attacked(inputs, Workdir.create(where, part, True, digests), part, (seen, own))
+      found += within(inputs, Workdir.create(where, part, True, digests), part, (seen, own))
       report.write_report(where)
   else:
-    found = attacked(inputs, workdir, config, (seen,))
+    found = within(inputs, workdir, config, (seen,))
   told = seen.found(examples.num_seen, examples.num_correct, examples.omitted)
   if isinstance(config['epsilon'], list):
     workdir.write_metrics(found, _judge.environment(config), {}, told)
@@ -412,7 +418,7 @@ def run(config: dict[str, Any]) -> Workdir:
   return workdir
 
 
-def attacked(
+def within(
   inputs: Inputs, workdir: Workdir, config: dict[str, Any], seen: Sequence[health.Health]
 ) -> list[dict[str, Any]]:
   """All that is missing of a run with one radius, and its rows; the run is finished then."""

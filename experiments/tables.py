@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from adv2_jax import images
@@ -37,9 +36,10 @@ Row = dict[str, Any]
 
 
 def read(subject: Subject, case: str, folder: pathlib.Path) -> list[Row]:
-  """The rows of a run, each with what it is of and how it compares with PGD's."""
+  """The rows of a run, each with what it is of and how it compares with others of its run."""
   found = results.read_results(folder).rows
   plain = {(r['interpreter'], r.get('epsilon')): r for r in found if r['attack'] == 'pgd'}
+  single = {r['interpreter']: r['map_iou'] for r in found if r['attack'] == 'adv2'}
   rows = []
   for row in found:
     own = {'data': subject.name, 'case': case, **row}
@@ -47,6 +47,9 @@ def read(subject: Subject, case: str, folder: pathlib.Path) -> list[Row]:
     for field in ('map_l1', 'l2_mean'):
       value, scale = row.get(field), before.get(field)
       own[f'{field}_of_pgd'] = value / scale if value is not None and scale else None
+    if row['attack'] == 'adv2_joint' and (alone := single.get(row['interpreter'])):
+      iou = row['map_iou']
+      own['map_iou_of_single'] = None if iou is None else iou / alone
     if row.get('seconds') is not None and row['n']:
       own['seconds_per_image'] = row['seconds'] / row['n']
     rows.append(own)
@@ -331,17 +334,18 @@ def grid(table: Table, rows: Sequence[Row]) -> Grid:
 
 def _transfer_grid(rows: Sequence[Row]) -> Grid:
   """IoU: what was attacked down, who looks across, data after data."""
-  head: list[str] = []
-  lines = []
+  found = {}
   for name in dict.fromkeys(row['data'] for row in rows):
     own = [row for row in rows if row['data'] == name]
-    m = _matrix.matrix(own, 'map_iou', _matrix.classifier_of(own[0]))
-    head = ['data', 'attacked', *(f'IoU, seen by {who}' for who in m.across)]
-    for down, values in zip(m.down, m.values, strict=True):
-      lines.append(
-        [name, down, *(_printed.cell(None if np.isnan(v) else float(v), '.3f') for v in values)]
-      )
-  return Grid(head, lines, [True, True] + [False] * (len(head) - 2))
+    found[name] = _matrix.matrix(own, 'map_iou', _matrix.classifier_of(own[0]))
+  across = list(dict.fromkeys(who for m in found.values() for who in m.across))
+  lines = []
+  for name, m in found.items():
+    for down, numbers in zip(m.down, m.numbers(), strict=True):
+      cells = dict(zip(m.across, numbers, strict=True))
+      lines.append([name, down, *(cells.get(who, '–') for who in across)])
+  head = ['data', 'attacked', *(f'IoU, seen by {who}' for who in across)]
+  return Grid(head, lines, [True, True] + [False] * len(across))
 
 
 # The command.
@@ -425,8 +429,6 @@ def _write(
   for subject, case, _, where in runs:
     own = table.read(subject, case, where)
     rows += [r for r in own if not table.attacks or r['attack'] in table.attacks]
-  if name == 'joint':
-    _beside_single(rows)
   printed = grid(table, rows)
   text = _printed.markdown(table.title, printed, commands)
   files = {f'{name}.csv': _printed.to_csv(rows), f'{name}.md': text.encode()}
@@ -448,17 +450,6 @@ def _figures(name: str, table: Table, rows: Sequence[Row]) -> Iterator[tuple[str
     return
   for k, data in enumerate(dict.fromkeys(row['data'] for row in rows)):
     yield f'{name}{f"-{data}" * (k > 0)}.png', [row for row in rows if row['data'] == data]
-
-
-def _beside_single(rows: Sequence[Row]) -> None:
-  """Adds the IoU of the joint attack as a share of the single attack's, of the same run."""
-  single = {
-    (r['data'], r['case'], r['interpreter']): r['map_iou'] for r in rows if r['attack'] == 'adv2'
-  }
-  for row in rows:
-    if row['attack'] == 'adv2_joint' and row['map_iou'] is not None:
-      alone = single.get((row['data'], row['case'], row['interpreter']))
-      row['map_iou_of_single'] = row['map_iou'] / alone if alone else None
 
 
 if __name__ == '__main__':

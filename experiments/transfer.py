@@ -13,9 +13,7 @@ Writes transfer/transfer.json, .csv, .md and .png into the working directory. Ro
 stay, unless the same interpreter and classifier have looked again.
 """
 
-import csv
 import hashlib
-import io
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from adv2_jax.types import InputError
 from adv2_jax.weights import zoo
 from adv2_jax.workdir import figures, store
 from adv2_jax.workdir.results import Results, read_parts
-from experiments import _digests, _flags, _judge, _matrix, _setup
+from experiments import _digests, _flags, _judge, _matrix, _printed, _setup
 
 NOBODY = 'none'  # what PGD attacks, of interpreters
 OF_THE_ATTACK = ('zero_gradient', 'nonfinite_gradient')
@@ -213,14 +211,10 @@ def _judged(
 
 
 def _csv(found: Sequence[Mapping[str, Any]]) -> bytes:
-  text = io.StringIO()
   flat = [{k: v for k, v in row.items() if k != 'asr_ci95'} for row in found]
   for row, line in zip(found, flat, strict=True):
     line['asr_low'], line['asr_high'] = row['asr_ci95'] or (None, None)
-  writer = csv.DictWriter(text, list(flat[0]), lineterminator='\n', restval='')
-  writer.writeheader()
-  writer.writerows(flat)
-  return text.getvalue().encode()
+  return _printed.to_csv(flat)
 
 
 def run(flags: dict[str, Any]) -> list[pathlib.Path]:

@@ -46,12 +46,9 @@ def edges(x: Image, share: float = 0.1) -> Array:
 
 
 def edge_ball(epsilon: float | Array, *, levels: int | None = None) -> Perturbation:
-  """`linf_ball` of which only pixels on `edges` of x0 may change."""
+  """`linf_ball` of which only pixels on `edges` of x0 change; off them delta has no effect."""
   ball = linf_ball(epsilon, levels=levels)
-  return ball._replace(
-    apply=lambda x0, delta: ball.apply(x0, edges(x0) * delta),
-    project=lambda x0, delta: edges(x0) * ball.project(x0, delta),
-  )
+  return ball._replace(apply=lambda x0, delta: ball.apply(x0, edges(x0) * delta))
 
 
 EDGES = presets.LINF._replace(perturbation=edge_ball)
@@ -83,7 +80,7 @@ def ghorbani(
   theirs 1000 of 227² pixels; maps within [0,1] before they are summed; the iterate kept is that of
   least mass left, theirs that of smallest intersection.
   """
-  _only_map('ghorbani', name, goal, is_away=True)
+  _only_map('ghorbani', name, goal, steps_s1, is_away=True)
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
@@ -119,7 +116,7 @@ def dombrowski(
   Differs from the authors' code: within the L∞ ball, which it lacks; the best iterate, theirs is
   the last; for maps of other sizes 4000 is another share of the two terms.
   """
-  _only_map('dombrowski', name, goal, is_away=False)
+  _only_map('dombrowski', name, goal, steps_s1, is_away=False)
   n = steps_s2 or 1500
 
   def schedule(
@@ -128,6 +125,11 @@ def dombrowski(
     if interpreter.exact:
       raise InputError(
         f"preset 'dombrowski' smooths ReLUs for maps made of gradients; {name}'s is not: take grad"
+      )
+    if not clf.takes_act:
+      raise InputError(
+        "preset 'dombrowski' puts softplus in the place of ReLU, for which the classifier's "
+        'surrogate needs an argument: write it as surrogate_fn(params, x, act=soft_relu)'
       )
     attack = adv2(
       clf,
@@ -179,7 +181,9 @@ def _closest(attack: Any, clf: Any, interpreter: Interpreter, key: Key, goal: Go
   return track_best(attack, score, every=every, passes=passes)
 
 
-def _only_map(preset: str, name: str, goal: Goal, *, is_away: bool) -> None:
+def _only_map(preset: str, name: str, goal: Goal, steps_s1: int | None, *, is_away: bool) -> None:
+  if steps_s1:
+    raise InputError(f'steps_s1 is {steps_s1}; preset {preset!r} has no warm-up: leave it out')
   if name in ('mask', 'joint'):
     raise InputError(f'preset {preset!r} is for maps that have a formula; {name} has none')
   if not goal.holds or (goal.away is not None) != is_away:

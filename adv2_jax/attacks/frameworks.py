@@ -13,6 +13,7 @@ from adv2_jax.types import InputError
 
 NAMES = ('pgd', 'stadv', 'cw')
 NORMS = ('linf', 'l2')
+PRESETS = ('fast', 'authors', *baselines.RECIPES)
 EPSILON = 0.031  # of the L∞ ball, where none is given
 
 
@@ -88,6 +89,7 @@ def by_name(
     InputError: an unknown name, or settings that make no sense.
   """
   check(framework, norm, tau=tau, kappa=kappa)
+  _check_preset(preset)
   if preset in baselines.RECIPES:
     presets.check_steps(steps_s1, steps_s2)
     if (framework, norm) != ('pgd', 'linf'):
@@ -123,13 +125,18 @@ def plain(
 ) -> Recipe:
   """The same on the classifier alone; arguments and errors as in `by_name`."""
   check(framework, norm, tau=tau, kappa=kappa)
+  _check_preset(preset)
   preset = 'fast' if preset in baselines.RECIPES else preset
-  presets.by_name(preset, 'cam')  # says which presets there are
   if framework == 'cw':
     return cw.plain(preset, steps, goal, kappa or 0.0)
   if framework == 'stadv':
     return stadv.plain(preset, steps, goal, tau)
   return presets.plain_pgd(preset, steps, goal, presets.L2 if norm == 'l2' else presets.LINF)
+
+
+def _check_preset(preset: str) -> None:
+  if preset not in PRESETS:
+    raise InputError(f'preset {preset!r} is unknown; expected one of {", ".join(PRESETS)}')
 
 
 def _sum(steps_s1: int | None, steps_s2: int | None) -> int | None:

@@ -227,12 +227,11 @@ class Line(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """Lines over a quantity; shares are drawn from 0 to 1."""
+  """Lines of shares, drawn from 0 to 1, over a quantity; `log`: over radii."""
 
   title: str
   across: str
   lines: Sequence[Line]
-  shares: bool = True
   log: bool = False
 
 
@@ -263,7 +262,7 @@ def plots(rows: Sequence[Sequence[Plot]]) -> Figure:
         _radius_axis(axis.xaxis, sorted({x for line in drawn for x, _ in line.points}))
       elif all(float(x).is_integer() for line in drawn for x, _ in line.points):
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-      axis.set_ylim(bottom=0, top=1.03 if plot.shares else None)
+      axis.set_ylim(0, 1.03)
   if handles:
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)))
   return figure
@@ -388,9 +387,7 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
           fontsize=7.5,
         )
     axis.set_xticks(range(len(interpreters)), [name.upper() for name in interpreters])
-    axis.set_xlim(
-      -0.5, len(interpreters) - 0.5
-    )  # also where there is no bar, for want of successes
+    axis.set_xlim(-0.5, len(interpreters) - 0.5)  # also where no success leaves no bar
     axis.set_title(title)
     axis.grid(False, axis='x')
     axis.set_ylim(bottom=0)

@@ -141,4 +141,9 @@ def test_further_refusals():
     frameworks.by_name('adv_edge', 'cam', steps_s2=0)
   with pytest.raises(InputError, match=r'smooths ReLUs for maps made of gradients; cam.s is not'):
     adv2.attack(CLF, CAM, X, preset='dombrowski', goal='map_only', target_map=np.zeros((3, 8, 8)))
+  with pytest.raises(InputError, match=r"steps_s1 is 5; preset 'ghorbani' has no warm-up"):
+    frameworks.by_name('ghorbani', 'cam', 5, goal=goals.find('map_only', 'away'))
+  deaf = CLF.replace(surrogate_fn=lambda params, x: CLF.surrogate_fn(params, x))
+  with pytest.raises(InputError, match='puts softplus in the place of ReLU'):
+    adv2.attack(deaf, GRAD, X, preset='dombrowski', goal='map_only', target_map=np.zeros((3, 8, 8)))
   assert frameworks.plain('ghorbani') is frameworks.plain('fast')

@@ -255,7 +255,7 @@ def test_every_recipe_stays_in_the_declared_set_and_moves(make, epsilon):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('quick', 'cam'), "preset 'quick' is unknown; expected one of fast, authors"),
+    (('quick', 'cam'), "preset 'quick' is unknown; expected 'fast' or 'authors'"),
     (('authors', 'cam', -1), 'steps_s1 is -1'),
     (('authors', 'cam', 3, 0), 'steps_s2 is 0'),
   ],

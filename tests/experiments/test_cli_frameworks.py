@@ -76,6 +76,11 @@ def test_the_report_tells_what_was_allowed_and_shows_the_displacement(finished):
   said = {'stadv': 'by moving their pixels', 'cw': 'as could be found', 'l2': 'at most 0.9 in L2'}
   assert said[kind] in page
   assert ('displacement' in page) == (kind == 'stadv')
+  # What bounds nothing is not praised for keeping to a bound, and what is its point is a column.
+  assert ('Every pixel is within [0, 1].' in page) == (kind != 'l2')
+  heads = {'stadv': 'moved', 'cw': 'L2', 'l2': 'L2'}
+  assert f'>{heads[kind]}</th>' in page
+  assert '>max change</th>' not in page
   assert ('up to' in page and ' px' in page) or kind != 'stadv'
 
 

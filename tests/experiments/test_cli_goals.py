@@ -30,7 +30,11 @@ def test_map_only_keeps_the_class_and_leaves_the_benign_map(victim, tmp_path):
     target, benign = (np.load(path / f'maps/{k}/cam/{i:06d}.npy') for k in ('target', 'benign'))
     np.testing.assert_array_equal(target, benign)
   assert len(evaluate.rescore(str(path))) == 3
-  assert 'the class stays the true one' in (path / 'report.html').read_text()
+  page = (path / 'report.html').read_text()
+  assert 'the class stays the true one' in page
+  assert 'How far the map has gone' in page
+  assert 'hides better' not in page
+  assert 'target map</b>' not in page  # the benign one is there already
 
 
 def test_class_only_has_the_row_of_pgd_alone(victim, tmp_path):

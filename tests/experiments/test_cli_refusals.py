@@ -37,6 +37,26 @@ from experiments import attack
       {'interpreters': ['mask'], 'target_map': 'away', 'goal': 'map_only', 'target_label': None},
       'mask under --preset fast comes close to',
     ),
+    (
+      {
+        'preset': 'dombrowski',
+        'goal': 'map_only',
+        'target_label': None,
+        'target_map': 'random_patch',
+      },
+      'maps made of gradients; cam.s is not',
+    ),
+    (
+      {
+        'preset': 'dombrowski',
+        'goal': 'map_only',
+        'target_label': None,
+        'target_map': 'random_patch',
+        'interpreters': ['grad', 'cam', 'joint'],
+        'attacks': ['adv2_joint'],
+      },
+      'maps that have a formula; joint has none',
+    ),
     ({'interpreters': ['cam', 'joint']}, 'cam,joint: joint attacks two interpreters or more'),
     ({'interpreters': ['cam', 'joint', 'joint', 'grad']}, 'joint attacks two interpreters or more'),
     ({'interpreters': ['cam', 'rts', 'joint']}, 'no built-in decoder for scene_resnet with .*net'),

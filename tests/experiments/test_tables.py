@@ -147,6 +147,21 @@ def test_a_run_that_fails_is_told(tmp_path):
   assert not (tmp_path / 'E3.md').exists()
 
 
+def test_data_with_other_interpreters_share_a_matrix():
+  """Each number stands under who looked; a dash where nobody did."""
+  rows = [
+    {'data': d, 'attack': 'adv2', 'attacked': 'cam', 'seen_by': s, 'model': d, 'weights': d}
+    | {'map_iou': v}
+    for d, s, v in (('a', 'grad', 0.1), ('a', 'cam', 0.2), ('b', 'cam', 0.3), ('b', 'rts', 0.4))
+  ]
+  found = tables.grid(tables.TABLES['E6'], rows)
+  assert found.head == ['data', 'attacked', *(f'IoU, seen by {n}' for n in ('grad', 'cam', 'rts'))]
+  assert found.lines == [
+    ['a', 'cam', '0.100', '0.200', '–'],
+    ['b', 'cam', '–', '0.300', '0.400'],
+  ]
+
+
 @pytest.mark.slow
 def test_all_tables_on_a_few_scenes(tmp_path):
   config = DEFAULTS | {'table': ['all'], 'scale': 'smoke', 'workdir': str(tmp_path), 'jobs': 2}
