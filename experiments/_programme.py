@@ -51,7 +51,7 @@ SCALES = {
     names=('cam',),
     joint=('cam', 'mask', 'rts'),
   ),
-  'cpu': Scale(num=256, num_slow=64),
+  'cpu': Scale(num=256, num_slow=64, published=('stadv', 'cw')),
   'full': Scale(num=2000, num_slow=500, published=('stadv', 'cw')),
 }
 JOINT = '+'
@@ -82,10 +82,14 @@ def light(names: Sequence[str]) -> list[str]:
 
 
 class Run(NamedTuple):
-  """A run of experiments.attack: its flags but --workdir, and who is shown its images after it."""
+  """A run of experiments.attack: its flags but --workdir, and who is shown its images after it.
+
+  `decoder`: that of RTS, where it is among these.
+  """
 
   flags: dict[str, str]
   shown_to: tuple[str, ...] = ()
+  decoder: str | None = None
 
   def folder(self, name: str) -> str:
     """Its working directory: the same flags, the same directory."""
@@ -106,7 +110,9 @@ def attack(
   n = scale.num_slow if {'mask', 'joint'} & set(names) else scale.num
   flags = {'interpreters': ','.join(names), 'num_examples': str(max(1, n // share))}
   steps = {'steps_s2': str(scale.steps)} if scale.steps else {}
-  return Run({**subject.flags, **flags, **steps, **(more or {})}, shown_to)
+  own = dict(subject.flags)
+  decoder = own.get('decoder') if 'rts' in names else own.pop('decoder', None)
+  return Run({**own, **flags, **steps, **(more or {})}, shown_to, decoder)
 
 
 # The runs of each table, by what is special about them.

@@ -363,8 +363,10 @@ def make(run: Run, folder: pathlib.Path, cache: str | None, is_quiet: bool) -> l
   if not (folder / 'metrics.json').exists():
     _start([*commands[0], '--resume'], folder, cache, is_quiet)
   if run.shown_to:
-    names = ','.join(run.shown_to)
-    commands.append(command_of('transfer', {'workdir': str(folder), 'interpreters': names}))
+    looking = {'workdir': str(folder), 'interpreters': ','.join(run.shown_to)}
+    if run.decoder is not None and 'rts' in run.shown_to:
+      looking['decoder'] = run.decoder
+    commands.append(command_of('transfer', looking))
     if not (folder / 'transfer' / 'transfer.json').exists():
       _start(commands[1], folder, cache, is_quiet)
   return [shlex.join(command) for command in commands]
@@ -408,13 +410,23 @@ def run(config: dict[str, Any]) -> pathlib.Path:
   cache, is_quiet = config.get('compilation_cache'), config['jobs'] > 1
   with concurrent.futures.ThreadPoolExecutor(config['jobs']) as pool:
     made = {where: pool.submit(make, one, where, cache, is_quiet) for where, one in unique.items()}
+    failed: dict[str, None] = {}
     try:
       for name, runs in declared.items():
-        commands = [c for where in dict.fromkeys(r[-1] for r in runs) for c in made[where].result()]
-        _write(name, runs, commands, folder)
+        commands, wrong = [], []
+        for where in dict.fromkeys(r[-1] for r in runs):
+          try:
+            commands += made[where].result()
+          except InputError as error:
+            wrong.append(str(error))
+        if not wrong:
+          _write(name, runs, commands, folder)
+        failed |= dict.fromkeys(f'no {name}: {text}' for text in wrong)
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
+  if failed:
+    raise InputError('\n'.join(failed))
   return folder
 
 

@@ -46,6 +46,19 @@ def test_every_run_is_one_that_the_command_takes():
       assert run.flags.keys() <= flags.keys()
 
 
+def test_a_decoder_goes_where_rts_is():
+  """Among the interpreters of an attack, or among those that look on."""
+  config = {'scale': 'cpu', 'on': ['own 8 --decoder d.npz'], 'scenes': False}
+  (subject,) = _programme.subjects(config)
+  found = [run for name in tables.TABLES for _, run in runs_of(name, subject)]
+  for run in found:
+    names = run.flags['interpreters'].split(',')
+    assert run.flags.get('decoder') == ('d.npz' if 'rts' in names else None)
+  onlooking = [run for run in found if 'rts' in run.shown_to and 'decoder' not in run.flags]
+  assert onlooking
+  assert {run.decoder for run in onlooking} == {'d.npz'}
+
+
 def test_a_directory_belongs_to_its_flags():
   (_, one), (_, other), _ = runs_of('E1')
   assert one.folder('scenes') == _programme.Run(dict(reversed(one.flags.items()))).folder('scenes')
@@ -138,13 +151,24 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
   assert images.read_image(workdir / 'E1.png').std() > 5
 
 
-def test_a_run_that_fails_is_told(tmp_path):
-  config = DEFAULTS | {'table': ['E3'], 'scale': 'smoke', 'workdir': str(tmp_path), 'jobs': 2}
-  on = ['bad 1 --dataset npz --data_path nowhere.npz']
-  with pytest.raises(InputError, match=r'target_map=random_patch .* ended with 1, see .*log'):
-    tables.run(config | {'on': on, 'scenes': False})
-  assert 'nowhere.npz does not exist' in next(tmp_path.glob('*.log')).read_text()
-  assert not (tmp_path / 'E3.md').exists()
+def test_a_run_that_fails_is_told(workdir):
+  """All that do are, and the tables that do not need them are made."""
+  (case, one), (_, good) = runs_of('E3')
+  assert case == 'random patch'
+  config = DEFAULTS | {'table': ['E3', 'E1'], 'workdir': str(workdir)}
+  bad = one._replace(flags=one.flags | {'data_path': 'nowhere.npz', 'dataset': 'npz'})
+  table = tables.TABLES['E3']._replace(cases=lambda subject: iter([(case, bad), ('', good)]))
+  for metrics in workdir.glob('*/metrics.json'):
+    (workdir / good.folder('scenes')).mkdir(exist_ok=True)
+    (workdir / good.folder('scenes') / 'metrics.json').write_bytes(metrics.read_bytes())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(tables.TABLES, 'E3', table)
+    with pytest.raises(InputError, match=r'no E3: .*target_map=random_patch.* ended with 1, see'):
+      tables.run(config | {'jobs': 2})
+  log = (workdir / bad.folder('scenes')).with_suffix('.log')
+  assert 'nowhere.npz does not exist' in log.read_text()
+  assert not (workdir / 'E3.md').exists()
+  assert (workdir / 'E1.md').exists()
 
 
 def test_data_with_other_interpreters_share_a_matrix():
