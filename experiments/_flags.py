@@ -89,6 +89,8 @@ def define_attack_flags() -> None:
   flags.DEFINE_string('target_label', None, 'random (another class; with rts, another of those '
                       'that its decoder knows; the default), least_likely, runner_up, untargeted '
                       '(any wrong class), a class, or FILE.csv.')  # fmt: skip
+  flags.DEFINE_list('target_classes', None, 'Random targets are drawn among these; default: all, '
+                    'or with rts those that its decoder knows.')  # fmt: skip
   flags.DEFINE_list('epsilon', None, 'Radius, in units of the image range, of pgd: a number or a '
                     'fraction such as 8/255; L∞: default 0.031. Several: all of it once for '
                     'each.')  # fmt: skip
@@ -285,6 +287,8 @@ def check(c: dict[str, Any]) -> None:
   if 'goal' in c:
     check_goal(c)
   check_interpreters(parts(c['interpreters']), c.get('decoder'))
+  if c.get('target_classes') is not None:
+    _check_random(c)
   _check_joint(c)
   _check_attacks(c.get('attacks'))
   if refused := [n for n in ('mask', 'joint') if n in c['interpreters'] and _mask_is_refused(c)]:
@@ -296,6 +300,16 @@ def check(c: dict[str, Any]) -> None:
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(
       f'--num_devices is {c["num_devices"]}; this machine has {jax.local_device_count()}'
+    )
+
+
+def _check_random(c: Mapping[str, Any]) -> None:
+  if c['target_label'] not in (None, 'random') or c['goal'] == 'map_only':
+    label = c['target_label']
+    beside = '--goal map_only' if c['goal'] == 'map_only' else f'--target_label {label}'
+    raise InputError(
+      f'--target_classes with {beside}: only random targets are drawn among classes; leave one of '
+      'the flags out'
     )
 
 
@@ -436,6 +450,19 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
   if values is None:
     return None
   return validate.per_channel(f'--{name}', values, 3, std=name.endswith('std'))
+
+
+def target_classes(values: list[str] | None, num_classes: int) -> list[int] | None:
+  """The classes of --target_classes, sorted; None where the flag is not given."""
+  if values is None:
+    return None
+  found = sorted({-1 if (n := whole_number(v)) is None else n for v in values})
+  if not 1 < len(found) == len(values) or not 0 <= found[0] <= found[-1] < num_classes:
+    raise InputError(
+      f'--target_classes is {",".join(values)}; expected two classes or more of 0…'
+      f'{num_classes - 1}, each once'
+    )
+  return found
 
 
 def loss_weights(values: list[str] | None) -> saliency.Weights:

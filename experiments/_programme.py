@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from adv2_jax.types import InputError
 from adv2_jax.validate import whole_number
+from adv2_jax.weights import zoo
 from experiments import _flags
 
 
@@ -111,8 +112,18 @@ def attack(
   flags = {'interpreters': ','.join(names), 'num_examples': str(max(1, n // share))}
   steps = {'steps_s2': str(scale.steps)} if scale.steps else {}
   own = dict(subject.flags)
-  decoder = own.get('decoder') if 'rts' in names else own.pop('decoder', None)
+  decoder = own.get('decoder')
+  if decoder is not None and 'rts' not in names:
+    del own['decoder']
+    if (more or {}).get('goal') != 'map_only':  # which has no targets
+      own |= _same_targets(decoder)
   return Run({**own, **flags, **steps, **(more or {})}, shown_to, decoder)
+
+
+def _same_targets(decoder: str) -> dict[str, str]:
+  """Flags by which a run without RTS has the targets of one with it."""
+  classes = zoo.read_card(zoo.resolve(decoder)).get('classes')
+  return {'target_classes': ','.join(map(str, classes))} if classes else {}
 
 
 # The runs of each table, by what is special about them.

@@ -123,6 +123,7 @@ def load(config: dict[str, Any]) -> Setup:
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
   check_fit(clf, built, size)
   known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
+  known = _flags.target_classes(config.get('target_classes'), shape[-1]) or known
   goal = _targets.goal_of(config)
   if goal.holds:
     target_of = lambda i, label, logits: label  # noqa: E731

@@ -11,10 +11,14 @@ from conftest import flag_defaults
 
 from adv2_jax import images
 from adv2_jax.types import InputError
+from adv2_jax.weights import zoo
 from experiments import _programme, tables
 
 SCENES = _programme.subjects({'scale': 'cpu', 'on': None, 'scenes': True})[0]
 DEFAULTS = flag_defaults(*FLAGS_OF['tables'])
+
+
+START = tables._start
 
 
 def runs_of(name, subject=SCENES):
@@ -46,17 +50,23 @@ def test_every_run_is_one_that_the_command_takes():
       assert run.flags.keys() <= flags.keys()
 
 
-def test_a_decoder_goes_where_rts_is():
-  """Among the interpreters of an attack, or among those that look on."""
-  config = {'scale': 'cpu', 'on': ['own 8 --decoder d.npz'], 'scenes': False}
+def test_a_decoder_goes_where_rts_is(tmp_path):
+  """Among the interpreters of an attack, or among those that look on; its classes go everywhere."""
+  decoder = tmp_path / 'd.safetensors'
+  decoder.touch()
+  card = dict.fromkeys(zoo.CARD_FIELDS) | {'classes': [3, 5, 8]}
+  decoder.with_suffix('.json').write_text(json.dumps(card))
+  config = {'scale': 'cpu', 'on': [f'own 8 --decoder {decoder}'], 'scenes': False}
   (subject,) = _programme.subjects(config)
   found = [run for name in tables.TABLES for _, run in runs_of(name, subject)]
   for run in found:
-    names = run.flags['interpreters'].split(',')
-    assert run.flags.get('decoder') == ('d.npz' if 'rts' in names else None)
+    has_rts = 'rts' in run.flags['interpreters'].split(',')
+    assert run.flags.get('decoder') == (str(decoder) if has_rts else None)
+    has_targets = not has_rts and run.flags.get('goal') != 'map_only'
+    assert run.flags.get('target_classes') == ('3,5,8' if has_targets else None)
   onlooking = [run for run in found if 'rts' in run.shown_to and 'decoder' not in run.flags]
   assert onlooking
-  assert {run.decoder for run in onlooking} == {'d.npz'}
+  assert {run.decoder for run in onlooking} == {str(decoder)}
 
 
 def test_a_directory_belongs_to_its_flags():
@@ -78,7 +88,7 @@ def test_other_data_are_named_with_their_flags():
   assert shlex.join(command).startswith(
     'python -m experiments.attack --dataset=packed --data_path=a.npz --shuffle --model='
   )
-  more = [text + ' --interpreters cam,rts --decoder d.npz']
+  more = [text + ' --interpreters cam,rts --decoder scene_rts']
   assert _programme.subjects(config | {'on': more})[0].interpreters == ('cam', 'rts')
 
 
@@ -158,10 +168,11 @@ def test_a_run_that_fails_is_told(workdir):
   config = DEFAULTS | {'table': ['E3', 'E1'], 'workdir': str(workdir)}
   bad = one._replace(flags=one.flags | {'data_path': 'nowhere.npz', 'dataset': 'npz'})
   table = tables.TABLES['E3']._replace(cases=lambda subject: iter([(case, bad), ('', good)]))
-  for metrics in workdir.glob('*/metrics.json'):
-    (workdir / good.folder('scenes')).mkdir(exist_ok=True)
-    (workdir / good.folder('scenes') / 'metrics.json').write_bytes(metrics.read_bytes())
+  rows = next(workdir.glob('*/metrics.json')).read_bytes()
+  (workdir / good.folder('scenes')).mkdir()
+  (workdir / good.folder('scenes') / 'metrics.json').write_bytes(rows)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tables, '_start', START)
     patch.setitem(tables.TABLES, 'E3', table)
     with pytest.raises(InputError, match=r'no E3: .*target_map=random_patch.* ended with 1, see'):
       tables.run(config | {'jobs': 2})

@@ -287,6 +287,11 @@ def test_random_targets_of_a_run_are_classes_that_its_decoder_knows(stored):
   targets = np.array([setup.target_of(i, setup.dataset.labels[i], -1) for i in range(200)])
   assert set(targets.tolist()) == {0, 3, 4}
   assert (targets != setup.dataset.labels[:200]).all()
+  # Without RTS, the same targets by name.
+  alike = _setup.load(
+    flags | {'interpreters': ['cam'], 'decoder': None, 'target_classes': ['4', '0', '3']}
+  )
+  assert [alike.target_of(i, setup.dataset.labels[i], -1) for i in range(200)] == targets.tolist()
 
 
 def test_the_attack_on_the_built_in_decoder_keeps_its_map():
