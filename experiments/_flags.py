@@ -452,11 +452,11 @@ def floats(values: list[str] | None, name: str) -> tuple[float, ...] | None:
   return validate.per_channel(f'--{name}', values, 3, std=name.endswith('std'))
 
 
-def target_classes(values: list[str] | None, num_classes: int) -> list[int] | None:
+def target_classes(values: list[str] | None, num_classes: int) -> tuple[int, ...] | None:
   """The classes of --target_classes, sorted; None where the flag is not given."""
   if values is None:
     return None
-  found = sorted({-1 if (n := whole_number(v)) is None else n for v in values})
+  found = tuple(sorted({-1 if (n := whole_number(v)) is None else n for v in values}))
   if not 1 < len(found) == len(values) or not 0 <= found[0] <= found[-1] < num_classes:
     raise InputError(
       f'--target_classes is {",".join(values)}; expected two classes or more of 0…'

@@ -37,9 +37,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
   return '\n'.join([row(head), '|---' * len(head) + '|', *map(row, lines)])
 
 
-def markdown(title: str, found: Grid, commands: Sequence[str]) -> str:
-  """The table for a README, and the commands that made its runs."""
-  lines = [f'# {title}', '', table(found.head, found.lines), '', 'Made by', '', '```']
+def markdown(title: str, found: Grid, commands: Sequence[str], machines: Sequence[str]) -> str:
+  """The table for a README, and the commands that made its runs on which machines."""
+  made = f'Made on {"; ".join(machines)} by'
+  lines = [f'# {title}', '', table(found.head, found.lines), '', made, '', '```']
   return '\n'.join([*lines, *commands, '```']) + '\n'
 
 

@@ -438,11 +438,14 @@ def _write(
 ) -> None:
   """A table, once its runs are there."""
   table, rows = TABLES[name], []
+  machines: dict[str, None] = {}
   for subject, case, _, where in runs:
+    told = results.read_results(where).environment
+    machines[f'{told.get("devices", "?")}, jax {told.get("jax", "?")}'] = None
     own = table.read(subject, case, where)
     rows += [r for r in own if not table.attacks or r['attack'] in table.attacks]
   printed = grid(table, rows)
-  text = _printed.markdown(table.title, printed, commands)
+  text = _printed.markdown(table.title, printed, commands, list(machines))
   files = {f'{name}.csv': _printed.to_csv(rows), f'{name}.md': text.encode()}
   files[f'{name}.tex'] = _printed.latex(table.title, printed).encode()
   for file, of in _figures(name, table, rows):

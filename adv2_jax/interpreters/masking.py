@@ -275,6 +275,8 @@ class Landscape(NamedTuple):
   own: Array
 
 
+DRIVE = 0.0
+SHIFT = 1.0
 # Log-odds of a class whose evidence is kept, and of one whose evidence is gone.
 SURE, GONE = -6.0, 12.0
 
@@ -447,6 +449,14 @@ def mask(
       least = jnp.where(own, 0, (GONE - SURE) / c.size)
       scale = jnp.maximum(_norm(wanted.slope), least)
       apart += slope * _norm(got.slope - wanted.slope) / scale
+      if DRIVE:
+
+        def soft(v):
+          d = -jax.nn.sigmoid(v.u) * jax.nn.sigmoid(-v.u)
+          d = d[:, None, None] * v.slope / c.area - SHIFT
+          return d / (1 + jnp.abs(d))
+
+        apart += DRIVE * jnp.mean(jnp.abs(soft(got) - soft(wanted)), axis=(1, 2))
     apart = apart.reshape(n, looks).mean(1)
     return Unrolled(None, carry, jnp.zeros(n, jnp.float32), clf(x).logits, apart)
 

@@ -133,7 +133,8 @@ def workdir(tmp_path, monkeypatch):
       for name in run.flags['interpreters'].split(',')
       for attack in ('benign', 'other', 'pgd', 'adv2')
     ]
-    (folder / 'metrics.json').write_text(json.dumps({'config': {}, 'rows': rows}))
+    told = {'config': {}, 'rows': rows, 'environment': {'devices': '1 × cpu', 'jax': '0.9'}}
+    (folder / 'metrics.json').write_text(json.dumps(told))
     (folder / 'examples.csv').write_text('id,attack,interpreter\n')
   return tmp_path
 
@@ -153,6 +154,7 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
   assert '|  | grad | ADV² | 4 | 0.100 | 0.250 | 0.500 |' in text
   assert '| 260 steps | cam | PGD | 4 | 0.400 | 1.000 | 0.500 |' in text
   assert f'--workdir={workdir}/scenes-' in text
+  assert 'Made on 1 × cpu, jax 0.9 by' in text
   assert text in capsys.readouterr().out
   tex = (workdir / 'E1.tex').read_text()
   assert r' & grad & ADV\textsuperscript{2} & 4 & 1.000 & 0.500--1.000 \\' in tex
