@@ -130,7 +130,7 @@ def closest_map(
       fits &= snapshot.explained is None or snapshot.explained == target
     else:
       keys = step_keys(key, batch.example_id, snapshot.step)
-      maps = interpreter.explain(clf, snapshot.x, target, keys)
+      maps = interpreter.draft(clf, snapshot.x, target, keys)
       apart = jax.tree.map(goal.distance(losses.map_rms), maps, batch.target_map)
       distance = jax.tree.reduce(jnp.add, apart)
     cost = distance + price * jax.nn.relu(odds - wanted_log_odds)
@@ -186,7 +186,7 @@ def authors(
     if name == 'grad':
       log_odds_at_08 = -1.3863  # log(0.2/0.8)
       score = closest_map(clf, interpreter, key, max_log_odds=log_odds_at_08, goal=goal)
-      joint = track_best(joint, score, every=10, passes=interpreter.passes[0])
+      joint = track_best(joint, score, every=10, passes=interpreter.passes_of_draft)
     prediction = goal.prediction(losses.targeted_xent)
     return staged(
       (pgd(clf, perturbation, tx, key=key, prediction=prediction), warm), (joint, total)
@@ -290,8 +290,8 @@ def fast(
     score = closest_map(
       clf, interpreter, key, max_log_odds=-0.1, wanted_log_odds=-3.0, price=0.02, goal=goal
     )
-    passes = 0 if interpreter.exact else interpreter.passes[0]
-    rare = interpreter.random and not interpreter.exact
+    passes = 0 if interpreter.exact else interpreter.passes_of_draft
+    rare = interpreter.random and not interpreter.exact and interpreter.draft_fn is None
     every = settings.every * (2 if rare else 1)
     best = track_best(attack, score, every=every, passes=passes)
     return staged((warm, steps_s1 or 0), (best, n))
@@ -307,7 +307,7 @@ class Fast(NamedTuple):
     weight: λ0.
     first_step: its length, before the decay.
     every: how often the iterate is scored, where an inexact map is made afresh for that; half as
-      often where that map is random, as it takes a longer solution or an average.
+      often where that map is random and has no draft.
   """
 
   steps: int

@@ -51,6 +51,9 @@ class Interpreter(flax.struct.PyTreeNode):
     random: whether its maps depend on the key.
     shares_pass: whether `unroll` calls the classifier itself on x, a pass that `joint` shares.
     settings: what it was built with, hashable, for recipes that need to know (MASK: `MaskConfig`).
+    draft_fn: as `explain_fn`, about the same map at less cost, by which an attack chooses between
+      its iterates; None: `explain_fn`.
+    draft_passes: those of a draft; None: of `explain`.
   """
 
   params: PyTree
@@ -65,6 +68,8 @@ class Interpreter(flax.struct.PyTreeNode):
   random: bool = flax.struct.field(pytree_node=False, default=False)
   shares_pass: bool = flax.struct.field(pytree_node=False, default=False)
   settings: Hashable = flax.struct.field(pytree_node=False, default=None)
+  draft_fn: Callable[..., Map] | None = flax.struct.field(pytree_node=False, default=None)
+  draft_passes: int | None = flax.struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
     """See `tell_pickle`."""
@@ -87,6 +92,16 @@ class Interpreter(flax.struct.PyTreeNode):
     y = validate.labels(y, len(x), num_classes, 'y')
     validate.explicable(y, self, 'y')
     return map_jitted(self, clf, x, y, keys)
+
+  def draft(self, clf: Any, x: Image, y: Label, key: Key) -> Map:
+    """About the map of `explain`, inside an attack."""
+    draft_fn = self.draft_fn or self.explain_fn
+    return self._checked(draft_fn(self.params, clf, x, y, example_keys(key, len(x))), x)
+
+  @property
+  def passes_of_draft(self) -> int:
+    """Network passes per example of one `draft`."""
+    return self.passes[0] if self.draft_passes is None else self.draft_passes
 
   def begin(self, clf: Any, x: Image, y: Label, target_map: PyTree, key: Key) -> Carry:
     """The carry before the first attack step; x are the clean images."""

@@ -23,7 +23,7 @@ from adv2_jax.types import (
 )
 
 # w_k, found on the built-in scenes: GRAD and CAM yield last, MASK's distance is the largest.
-WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.1, 'rts': 1.0}
+WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.07, 'rts': 1.0}
 
 
 class JointCarry(NamedTuple):
@@ -104,7 +104,7 @@ def joint(
   known = [set(p.classes) for p in parts.values() if p.classes is not None]
   if known and not set.intersection(*known):
     raise InputError(f'joint of {", ".join(parts)}: there is no class that all of them know')
-  explain, unroll, begin = _functions(settings)
+  explain, unroll, begin, draft = _functions(settings)
   return Interpreter(
     {n: parts[n].params for n in names},
     explain,
@@ -117,6 +117,8 @@ def joint(
     classes=tuple(sorted(set.intersection(*known))) if known else None,
     random=any(p.random for p in parts.values()),
     settings=settings,
+    draft_fn=draft,
+    draft_passes=sum(p.passes_of_draft for p in parts.values()),
   )
 
 
@@ -137,6 +139,10 @@ def _functions(settings: _Parts) -> tuple[Callable[..., Any], ...]:
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> dict[str, Map]:
     seen = _SeenOnce(clf, x)
     return {n: p.explain_fn(p.params, seen, x, y, keys) for n, p in parts(params).items()}
+
+  def draft(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> dict[str, Map]:
+    seen = _SeenOnce(clf, x)
+    return {n: p.draft(seen, x, y, keys) for n, p in parts(params).items()}
 
   def begin(
     params: PyTree, clf: Any, x: Image, y: Label, target_map: Mapping[str, Map], keys: Key
@@ -159,7 +165,7 @@ def _functions(settings: _Parts) -> tuple[Callable[..., Any], ...]:
       logits = next((v.logits for v in seen.values() if v.logits is not None), None)
     return Unrolled(None, after, jnp.asarray(extra), logits, jnp.asarray(distance))
 
-  return explain, unroll, begin
+  return explain, unroll, begin, draft
 
 
 def _distance(seen: Unrolled, target_map: Map) -> Array:

@@ -275,8 +275,6 @@ class Landscape(NamedTuple):
   own: Array
 
 
-DRIVE = 0.0
-SHIFT = 1.0
 # Log-odds of a class whose evidence is kept, and of one whose evidence is gone.
 SURE, GONE = -6.0, 12.0
 
@@ -346,6 +344,7 @@ def mask(
   *,
   looks: int = 2,
   slope: float = 1.0,
+  drive: float = 8.0,
   noise: float | None = None,
   reach: float | None = None,
   tau: float = 1e-2,
@@ -357,21 +356,24 @@ def mask(
   of φ(x; m), and their gradient. So per step, `looks` masks are drawn from such a way, and the
   distance is the mean over them of
 
-      |u − u*| + slope · ‖∂u/∂m − ∂u*/∂m‖ / ‖∂u*/∂m‖,   u = u(m; x, t)
+      |u − u*| + slope · ‖∂u/∂m − ∂u*/∂m‖ / ‖∂u*/∂m‖ + drive · mean |s − s*|,   u = u(m; x, t)
 
-  u* is either what the solver sees of the clean image, u(m; x0, y), whose way ends at the benign
-  map, or `linear_view` of the target map: per example, whichever ends closer to the target map. No
-  solution is differentiated, and a step is cheap. As in GRAD, what is a derivative itself is taken
-  from the surrogate, whose ReLU derivative is smooth.
+  s is `pull`, where the solver would move each cell. u* is either what the solver sees of the clean
+  image, u(m; x0, y), whose way ends at the benign map, or `linear_view` of the target map: per
+  example, whichever ends closer to the target map. No solution is differentiated, and a step is
+  cheap. As in GRAD, what is a derivative itself is taken from the surrogate, whose ReLU derivative
+  is smooth. Where the solver is jittered, the attack compares its iterates by `fast` solutions.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
     looks: masks per attack step.
-    slope: weight of the second term; 0: it is not computed, at less than half the cost of a look.
+    slope: weight of the second term; 0: neither it nor the third is computed, at less than half the
+      cost of a look.
+    drive: weight of the third.
     noise: standard deviation about the path, per cell; None: 0.2 where the solver is jittered, so
       that its path varies, else 0. With neither jitter nor noise the clean image is looked at once
       only, before the first step.
-    reach: the part of the path that is looked at; what happens early decides. None: a third where
+    reach: the part of the path that is looked at; what happens early decides. None: a tenth where
       the solver is jittered, else a half.
     tau: width of the smoothed ReLU derivative, form 'smooth', where there is a slope and the
       classifier's surrogate takes `act`.
@@ -383,10 +385,10 @@ def mask(
   check(c)
   random = c.jitter > 1
   noise = noise if noise is not None else 0.2 if random else 0.0
-  reach = reach if reach is not None else 1 / 3 if random else 0.5
-  if looks < 1 or slope < 0 or noise < 0 or not 0 < reach <= 1:
-    given = f'looks={looks}, slope={slope}, noise={noise}, reach={reach}'
-    raise InputError(f'{given}; expected ≥ 1, ≥ 0, ≥ 0, in (0, 1]')
+  reach = reach if reach is not None else 0.1 if random else 0.5
+  if looks < 1 or min(slope, drive, noise) < 0 or not 0 < reach <= 1:
+    given = f'looks={looks}, slope={slope}, drive={drive}, noise={noise}, reach={reach}'
+    raise InputError(f'{given}; expected ≥ 1, ≥ 0, ≥ 0, ≥ 0, in (0, 1]')
   varies = random or noise > 0
   act = functools.partial(soft_relu, tau=tau, form='smooth')
   soft_relu(np.float32(0), tau, 'smooth')  # says what is wrong with tau
@@ -402,6 +404,12 @@ def mask(
   def explain(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
     del params
     return 1 - solve(clf, x, y, keys, c).mask
+
+  quick = fast(c) if random else c
+
+  def draft(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
+    del params
+    return 1 - solve(clf, x, y, keys, quick).mask
 
   def begin(params: PyTree, clf: Any, x: Image, y: Label, target_map: Map, keys: Key) -> Landscape:
     del params, y
@@ -449,14 +457,8 @@ def mask(
       least = jnp.where(own, 0, (GONE - SURE) / c.size)
       scale = jnp.maximum(_norm(wanted.slope), least)
       apart += slope * _norm(got.slope - wanted.slope) / scale
-      if DRIVE:
-
-        def soft(v):
-          d = -jax.nn.sigmoid(v.u) * jax.nn.sigmoid(-v.u)
-          d = d[:, None, None] * v.slope / c.area - SHIFT
-          return d / (1 + jnp.abs(d))
-
-        apart += DRIVE * jnp.mean(jnp.abs(soft(got) - soft(wanted)), axis=(1, 2))
+      if drive and c.area:
+        apart += drive * jnp.mean(jnp.abs(pull(got, c) - pull(wanted, c)), axis=(1, 2))
     apart = apart.reshape(n, looks).mean(1)
     return Unrolled(None, carry, jnp.zeros(n, jnp.float32), clf(x).logits, apart)
 
@@ -475,6 +477,8 @@ def mask(
     random=random,
     shares_pass=True,
     settings=c,
+    draft_fn=draft,
+    draft_passes=2 * quick.steps,
   )
 
 
@@ -510,6 +514,19 @@ def misfit(u: Array, wanted: Array, bound: float) -> Array:
   too_low = jax.nn.relu(inside - u) * (wanted > -bound)
   too_high = jax.nn.relu(u - inside) * (wanted < bound)
   return too_low + too_high
+
+
+def pull(seen: View, config: MaskConfig) -> Array:
+  """Where the solver moves each cell, f32[B,h,w] in (−1, 1): above 0, it blurs it.
+
+  d / (1 + |d|) with d = −∂p/∂m / λ1 − 1: what blurring the cell saves of p, in units of what it
+  costs. Adam's first steps depend on little but the sign of that. In the log-odds and their slope
+  it is hard to see where p is near 0 or 1.
+  """
+  assert seen.slope is not None
+  p_1_minus_p = jax.nn.sigmoid(seen.u) * jax.nn.sigmoid(-seen.u)
+  d = -p_1_minus_p[:, None, None] * seen.slope / config.area - 1
+  return d / (1 + jnp.abs(d))
 
 
 def check(config: MaskConfig) -> None:

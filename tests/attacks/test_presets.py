@@ -204,7 +204,8 @@ def test_maps_that_must_be_made_afresh_are_checked_rarely_and_random_ones_half_a
   settings = presets.FAST.get(name, presets.FAST['cam' if interpreter.exact else 'grad'])
   assert n == settings.steps
   check, step, _ = interpreter.passes
-  checks = 0 if interpreter.exact else 20 // (settings.every * (1 + interpreter.random))
+  check = {'mask': check // 3}.get(name, check)  # a draft
+  checks = 0 if interpreter.exact else 20 // (settings.every * (1 + (name == 'smooth_grad')))
   assert joint.passes(20) == interpreter.begin_passes + 20 * step + checks * check
 
 
