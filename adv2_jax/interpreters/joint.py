@@ -23,7 +23,7 @@ from adv2_jax.types import (
 )
 
 # w_k, found on the built-in scenes: GRAD and CAM yield last, MASK's distance is the largest.
-WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.07, 'rts': 1.0}
+WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.1, 'rts': 1.0}
 
 
 class JointCarry(NamedTuple):

@@ -344,7 +344,7 @@ def mask(
   *,
   looks: int = 2,
   slope: float = 1.0,
-  drive: float = 8.0,
+  drive: float | None = None,
   noise: float | None = None,
   reach: float | None = None,
   tau: float = 1e-2,
@@ -369,7 +369,7 @@ def mask(
     looks: masks per attack step.
     slope: weight of the second term; 0: neither it nor the third is computed, at less than half the
       cost of a look.
-    drive: weight of the third.
+    drive: weight of the third; None: 8 where the solver is jittered, else 0.
     noise: standard deviation about the path, per cell; None: 0.2 where the solver is jittered, so
       that its path varies, else 0. With neither jitter nor noise the clean image is looked at once
       only, before the first step.
@@ -386,6 +386,7 @@ def mask(
   random = c.jitter > 1
   noise = noise if noise is not None else 0.2 if random else 0.0
   reach = reach if reach is not None else 0.1 if random else 0.5
+  drive = drive if drive is not None else 8.0 if random else 0.0
   if looks < 1 or min(slope, drive, noise) < 0 or not 0 < reach <= 1:
     given = f'looks={looks}, slope={slope}, drive={drive}, noise={noise}, reach={reach}'
     raise InputError(f'{given}; expected ≥ 1, ≥ 0, ≥ 0, ≥ 0, in (0, 1]')

@@ -331,6 +331,19 @@ def test_misfit_by_hand():
   np.testing.assert_allclose(M.misfit(u, wanted, 6.0), [2, 0, 1, 0, 1, 15])
 
 
+def test_pull_tells_which_way_the_solver_moves():
+  """Its sign is that of the objective's derivative, without the smoothness; and by hand."""
+  config = SMALL._replace(smoothness=0.0, area=3e-3)
+  m = jax.random.uniform(jax.random.key(5), (len(X), 4, 4), jnp.float32)
+  y = jnp.argsort(tiny.outputs(CLF, X).logits)[:, -1]
+  gradient = jax.grad(lambda m: M.mask_objective(CLF, m, X, y, config).sum())(m)
+  pulls = M.pull(M.view(CLF, m, X, y, config, slope=True), config)
+  assert 0.1 < float((gradient > 0).mean()) < 0.9
+  np.testing.assert_array_equal(np.sign(pulls), np.sign(gradient))
+  seen = M.View(jnp.zeros(1), jnp.array([[[-0.048, 0.0]]]))  # p(1 − p) = 1/4
+  np.testing.assert_allclose(M.pull(seen, config), [[[0.75, -0.5]]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(('jitter', 'steps'), [(0, 40), (1, 40), (2, 13)])
 def test_the_map_is_solved_now_and_then_to_choose_the_iterate(jitter, steps):
   """Only roughly where it depends on random numbers, as it then takes more iterations."""
