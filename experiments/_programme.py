@@ -85,7 +85,7 @@ def light(names: Sequence[str]) -> list[str]:
 class Run(NamedTuple):
   """A run of experiments.attack: its flags but --workdir, and who is shown its images after it.
 
-  `decoder`: that of RTS, where it is among these.
+  `decoder`: RTS's, for transfer.
   """
 
   flags: dict[str, str]
@@ -113,10 +113,12 @@ def attack(
   steps = {'steps_s2': str(scale.steps)} if scale.steps else {}
   own = dict(subject.flags)
   decoder = own.get('decoder')
-  if decoder is not None and 'rts' not in names:
-    del own['decoder']
-    if (more or {}).get('goal') != 'map_only':  # which has no targets
-      own |= _same_targets(decoder)
+  if (more or {}).get('goal') == 'map_only':  # which has no targets
+    own.pop('target_classes', None)
+  elif decoder is not None and 'rts' not in names and own.get('target_label', 'random') == 'random':
+    own = _same_targets(decoder) | own
+  if 'rts' not in names:
+    own.pop('decoder', None)
   return Run({**own, **flags, **steps, **(more or {})}, shown_to, decoder)
 
 

@@ -123,7 +123,13 @@ def load(config: dict[str, Any]) -> Setup:
   dataset = dataset.numbered_for(shape[-1], card.get('class_names'))
   check_fit(clf, built, size)
   known = next((v.classes for v in built.values() if v.classes is not None), None)  # RTS's
-  known = _flags.target_classes(config.get('target_classes'), shape[-1]) or known
+  if (chosen := _flags.target_classes(config.get('target_classes'), shape[-1])) is not None:
+    if known is not None and not set(chosen) <= set(known):
+      raise InputError(
+        f'--target_classes {",".join(map(str, chosen))} has some that rts never saw in its training; '
+        f'it knows {", ".join(map(str, known))}'
+      )
+    known = chosen
   goal = _targets.goal_of(config)
   if goal.holds:
     target_of = lambda i, label, logits: label  # noqa: E731

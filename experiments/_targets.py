@@ -38,8 +38,8 @@ def labels(
 
   'random' gives (label + RandomState(seed).randint(1, K, size=n_dataset)[id]) % K, so that a target
   belongs to an example, not to a batch. Where an interpreter knows only some `classes` (sorted), it
-  gives another one of these, in the same way by their places. 'runner_up' and 'untargeted' give the
-  most probable wrong class.
+  gives another one of these, in the same way by their places; any, if the label is none of them.
+  'runner_up' and 'untargeted' give the most probable wrong class.
 
   Raises:
     InputError: unknown value, class out of range, or a file that lacks or misnames an example.
@@ -47,7 +47,15 @@ def labels(
   if flag in (None, 'random'):
     known = classes or range(num_classes)
     offset = np.random.RandomState(seed).randint(1, len(known), size=len(dataset))
-    return lambda i, label, logits: int(another_class(label, int(offset[i]), known))
+    beyond = np.random.RandomState([seed, 1]).randint(0, len(known), size=len(dataset))
+
+    def another(i: int, label: int, logits: np.ndarray) -> int:
+      del logits
+      return (
+        int(another_class(label, int(offset[i]), known)) if label in known else known[beyond[i]]
+      )
+
+    return another
   if flag == 'least_likely':
     return lambda i, label, logits: int(np.argmin(logits))
   if flag in ('runner_up', 'untargeted'):

@@ -8,7 +8,8 @@ Each table is a declared list of runs of experiments.attack, on the built-in sce
 --on adds: a name, how many images (and of those how many where MASK is among the interpreters), and
 flags of experiments.attack. Every run is a process of its own with a working directory below
 --workdir that is named after its flags: what is finished is used again, by other tables too, and
-what was killed goes on. Writes E1.csv, .md, .tex and .png, the Markdown with the commands.
+what was killed goes on. A run that fails costs the tables that need it, not the others. Writes
+E1.csv, .md, .tex and .png, the Markdown with the commands.
 """
 
 import concurrent.futures
@@ -383,7 +384,7 @@ def _start(command: Sequence[str], folder: pathlib.Path, cache: str | None, is_q
     errors = told if is_quiet else None
     done = subprocess.run(own, stdout=subprocess.DEVNULL, stderr=errors, check=False)
   if done.returncode:
-    where = f'see {log}' if is_quiet else 'see above'
+    where = f'see {log}' if is_quiet else 'see what it told above'
     raise InputError(f'{shlex.join(command)} ended with {done.returncode}, {where}')
 
 
@@ -426,7 +427,7 @@ def run(config: dict[str, Any]) -> pathlib.Path:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
   if failed:
-    raise InputError('\n'.join(failed))
+    raise InputError('; '.join(failed))
   return folder
 
 

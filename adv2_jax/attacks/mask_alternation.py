@@ -250,6 +250,8 @@ def tracked(config: MaskConfig, *, looks: int = 4, renew: int = 50) -> Interpret
     passes=(2 * config.steps, 2 + 2 * looks + 6 * looks + renewal, 1 + 4 * looks + renewal),
     begin_passes=0,
     shares_pass=False,
+    draft_fn=None,  # the published attack compares whole solutions
+    draft_passes=None,
   )
 
 

@@ -116,9 +116,9 @@ def closest_map(
   d + price · max(0, u − wanted) for iterates with u = log((1 − p_t)/p_t) ≤ max_log_odds; all others
   come after these. d is the attack's own map distance, which should be √mse; of several maps it is
   their sum. Where `unroll` differs from `explain` (GRAD, MASK), the map is made afresh on the real
-  net; where it is random, with the step's own random numbers, which no judge uses: an iterate is
-  not kept for its luck with them. An untargeted attack's t is the wrong class that leads, and a map
-  of another one does not count.
+  net, by the interpreter's draft if it has one; where it is random, with the step's own random
+  numbers, which no judge uses: an iterate is not kept for its luck with them. An untargeted
+  attack's t is the wrong class that leads, and a map of another one does not count.
   """
 
   def score(batch: Batch, snapshot: Snapshot) -> Array:
@@ -325,6 +325,7 @@ FAST = {
   'cam': Fast(100, 300.0),
   'grad': Fast(100, 100.0, first_step=3 / 255, every=5),
   'mask': Fast(100, 30.0, every=10),
+  'unrolled_mask': Fast(50, 300.0, every=10),
   'joint': Fast(300, 300.0, first_step=5 / 255, every=10),
 }
 

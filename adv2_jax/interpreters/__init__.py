@@ -12,6 +12,7 @@ from adv2_jax.interpreters.masking import SCENES as SCENES_MASK
 from adv2_jax.interpreters.masking import MaskConfig, mask, mask_objective, usual
 from adv2_jax.interpreters.masking import fast as fast_mask
 from adv2_jax.interpreters.rts import Decoder, rts
+from adv2_jax.interpreters.unrolled import unrolled_mask
 from adv2_jax.types import InputError
 
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
@@ -71,4 +72,5 @@ __all__ = [
   'min_max',
   'rts',
   'smooth_grad',
+  'unrolled_mask',
 ]

@@ -117,7 +117,8 @@ def joint(
     classes=tuple(sorted(set.intersection(*known))) if known else None,
     random=any(p.random for p in parts.values()),
     settings=settings,
-    draft_fn=draft,
+    # Else a part that is random and has none would be drawn as often as the others.
+    draft_fn=draft if all(p.draft_fn or not p.random for p in parts.values()) else None,
     draft_passes=sum(p.passes_of_draft for p in parts.values()),
   )
 

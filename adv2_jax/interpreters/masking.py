@@ -362,14 +362,14 @@ def mask(
   image, u(m; x0, y), whose way ends at the benign map, or `linear_view` of the target map: per
   example, whichever ends closer to the target map. No solution is differentiated, and a step is
   cheap. As in GRAD, what is a derivative itself is taken from the surrogate, whose ReLU derivative
-  is smooth. Where the solver is jittered, the attack compares its iterates by `fast` solutions.
+  is smooth. Where the solver is jittered, preset `fast` compares its iterates by `fast` solutions.
 
   Args:
     config: objective and solver; None: `MaskConfig()`, the settings for 224 px.
     looks: masks per attack step.
     slope: weight of the second term; 0: neither it nor the third is computed, at less than half the
       cost of a look.
-    drive: weight of the third; None: 8 where the solver is jittered, else 0.
+    drive: weight of the third; None: 8 where the solver is jittered, else 0. No λ1, no term.
     noise: standard deviation about the path, per cell; None: 0.2 where the solver is jittered, so
       that its path varies, else 0. With neither jitter nor noise the clean image is looked at once
       only, before the first step.
@@ -406,7 +406,7 @@ def mask(
     del params
     return 1 - solve(clf, x, y, keys, c).mask
 
-  quick = fast(c) if random else c
+  quick = fast(c) if random and not c.decay else c
 
   def draft(params: PyTree, clf: Any, x: Image, y: Label, keys: Key) -> Map:
     del params
@@ -520,9 +520,9 @@ def misfit(u: Array, wanted: Array, bound: float) -> Array:
 def pull(seen: View, config: MaskConfig) -> Array:
   """Where the solver moves each cell, f32[B,h,w] in (−1, 1): above 0, it blurs it.
 
-  d / (1 + |d|) with d = −∂p/∂m / λ1 − 1: what blurring the cell saves of p, in units of what it
-  costs. Adam's first steps depend on little but the sign of that. In the log-odds and their slope
-  it is hard to see where p is near 0 or 1.
+  d / (1 + |d|) with d = ∂p/∂m / λ1 − 1, λ1 > 0: what blurring the cell saves of p, in units of what
+  it costs, the smoothness left out. Adam's first steps depend on little but the sign of that. In the
+  log-odds and their slope it is hard to see where p is near 0 or 1.
   """
   assert seen.slope is not None
   p_1_minus_p = jax.nn.sigmoid(seen.u) * jax.nn.sigmoid(-seen.u)

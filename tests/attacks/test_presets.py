@@ -196,7 +196,7 @@ def test_the_warm_start_is_plain_and_steps_by_one_level():
 
 
 @pytest.mark.parametrize('name', interpreters.FACTORIES)
-def test_maps_that_must_be_made_afresh_are_checked_rarely_and_random_ones_half_as_often(name):
+def test_maps_that_must_be_made_afresh_are_checked_rarely(name):
   interpreter = interpreters.build(name)
   assert interpreter.random == (name in ('mask', 'smooth_grad'))
   recipe = presets.by_name('fast', name)

@@ -213,3 +213,10 @@ def test_random_targets_are_classes_that_the_decoder_knows():
   assert (np.array(known)[places] == targets).all()
   offset = np.random.RandomState(3).randint(1, 4, size=200)
   np.testing.assert_array_equal((places - np.searchsorted(known, true)) % 4, offset)
+
+
+def test_a_label_that_is_none_of_the_target_classes_gets_each_of_them():
+  target_of = _targets.labels('random', 3, data.scenes(n=90), 10, (3, 5, 7))
+  assert {target_of(i, 2, -1) for i in range(30)} == {3, 5, 7}
+  assert {target_of(i, 9, -1) for i in range(30, 60)} == {3, 5, 7}
+  assert {target_of(i, 5, -1) for i in range(60, 90)} == {3, 7}

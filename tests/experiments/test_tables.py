@@ -64,6 +64,15 @@ def test_a_decoder_goes_where_rts_is(tmp_path):
     assert run.flags.get('decoder') == (str(decoder) if has_rts else None)
     has_targets = not has_rts and run.flags.get('goal') != 'map_only'
     assert run.flags.get('target_classes') == ('3,5,8' if has_targets else None)
+  own = _programme.subjects(config | {'on': [f'own --decoder {decoder} --target_classes 3,5']})[0]
+  found_own = [run.flags for name in tables.TABLES for _, run in runs_of(name, own)]
+  for flags in found_own:
+    expected = None if flags.get('goal') == 'map_only' else '3,5'
+    assert flags.get('target_classes') == expected
+  least = _programme.subjects(
+    config | {'on': [f'own --decoder {decoder} --target_label least_likely']}
+  )[0]
+  assert not any('target_classes' in run.flags for _, run in runs_of('joint', least))
   onlooking = [run for run in found if 'rts' in run.shown_to and 'decoder' not in run.flags]
   assert onlooking
   assert {run.decoder for run in onlooking} == {str(decoder)}

@@ -287,6 +287,8 @@ def test_random_targets_of_a_run_are_classes_that_its_decoder_knows(stored):
   targets = np.array([setup.target_of(i, setup.dataset.labels[i], -1) for i in range(200)])
   assert set(targets.tolist()) == {0, 3, 4}
   assert (targets != setup.dataset.labels[:200]).all()
+  with pytest.raises(InputError, match=r'--target_classes 1,3 has some that rts never saw'):
+    _setup.load(flags | {'target_classes': ['3', '1']})
   # Without RTS, the same targets by name.
   alike = _setup.load(
     flags | {'interpreters': ['cam'], 'decoder': None, 'target_classes': ['4', '0', '3']}

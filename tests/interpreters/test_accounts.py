@@ -28,6 +28,7 @@ ALL = {
   'smooth_grad': interpreters.smooth_grad(samples=1),
   'mask': interpreters.mask(MASK, looks=4),
   'mask, no slope': interpreters.mask(MASK, slope=0),
+  'unrolled_mask': interpreters.unrolled_mask(MASK, iterations=1),
   'mask, jittered': interpreters.mask(MASK._replace(jitter=2)),
 }
 
