@@ -126,8 +126,8 @@ def load(config: dict[str, Any]) -> Setup:
   if (chosen := _flags.target_classes(config.get('target_classes'), shape[-1])) is not None:
     if known is not None and not set(chosen) <= set(known):
       raise InputError(
-        f'--target_classes {",".join(map(str, chosen))} has some that rts never saw in its training; '
-        f'it knows {", ".join(map(str, known))}'
+        f'--target_classes {",".join(map(str, chosen))} has some that rts never saw in its '
+        f'training; it knows {", ".join(map(str, known))}'
       )
     known = chosen
   goal = _targets.goal_of(config)

@@ -521,8 +521,8 @@ def pull(seen: View, config: MaskConfig) -> Array:
   """Where the solver moves each cell, f32[B,h,w] in (−1, 1): above 0, it blurs it.
 
   d / (1 + |d|) with d = ∂p/∂m / λ1 − 1, λ1 > 0: what blurring the cell saves of p, in units of what
-  it costs, the smoothness left out. Adam's first steps depend on little but the sign of that. In the
-  log-odds and their slope it is hard to see where p is near 0 or 1.
+  it costs, the smoothness left out. Adam's first steps depend on little but its sign, which is hard
+  to see in the log-odds and their slope where p is near 0 or 1.
   """
   assert seen.slope is not None
   p_1_minus_p = jax.nn.sigmoid(seen.u) * jax.nn.sigmoid(-seen.u)
