@@ -31,7 +31,7 @@ def unrolled_mask(
   iteration is computed again on the way back, so memory does not grow with n. The solver's
   gradients are taken from the surrogate, whose ReLU derivative is smooth, as they are
   differentiated once more. Where the target class is sure and survives every blur, the map is
-  empty, and has no derivative: such an image stays as it is. BUILD.md has what it reaches.
+  empty, and has no derivative: the image is not moved for its map. BUILD.md has what it reaches.
 
   Args:
     config: objective and solver that explain; None: `MaskConfig()`, the settings for 224 px.

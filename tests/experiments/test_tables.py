@@ -173,7 +173,7 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
 
 
 def test_a_run_that_fails_is_told(workdir):
-  """All that do are, and the tables that do not need them are made."""
+  """And the tables that do not need it are made."""
   (case, one), (_, good) = runs_of('E3')
   assert case == 'random patch'
   config = DEFAULTS | {'table': ['E3', 'E1'], 'workdir': str(workdir)}

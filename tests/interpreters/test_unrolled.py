@@ -49,9 +49,8 @@ def test_the_solver_is_shortened_at_a_falling_rate():
   assert (quick.steps, quick.decay, quick.learning_rate) == (25, True, 2 * M.CIFAR.learning_rate)
 
 
-@pytest.mark.filterwarnings(
-  'ignore::UserWarning'
-)  # of images that stay as they are: see the docstring of `unrolled_mask`
+# Of empty maps, see the docstring of `unrolled_mask`.
+@pytest.mark.filterwarnings('ignore::UserWarning')
 def test_the_attack_keeps_any_map():
   """The benign one and a patch, judged by the whole solver; closer than what `mask` imitates."""
   clf, x = linear(), tiny.images(8, seed=3)
