@@ -94,8 +94,8 @@ def define_attack_flags() -> None:
   flags.DEFINE_list('epsilon', None, 'Radius, in units of the image range, of pgd: a number or a '
                     'fraction such as 8/255; L∞: default 0.031. Several: all of it once for '
                     'each.')  # fmt: skip
-  flags.DEFINE_enum('preset', 'fast', frameworks.PRESETS, 'Schedule: ours, the published one, or '
-                    'an attack of the literature (BUILD.md).')  # fmt: skip
+  flags.DEFINE_enum('preset', 'fast', frameworks.PRESETS, 'Schedule: ours, the same with more '
+                    'steps, the published one, or one of the literature (BUILD.md).')  # fmt: skip
   flags.DEFINE_integer('steps_s1', None, "Warm-up steps; default: the preset's.")
   flags.DEFINE_integer('steps_s2', None, "Steps on the joint loss; default: the preset's.")
   flags.DEFINE_list(
@@ -252,7 +252,7 @@ def default_interpreters(c: Mapping[str, Any]) -> list[str]:
 
 
 def _mask_is_refused(c: Mapping[str, Any]) -> bool:
-  return c.get('preset') not in (None, 'authors') and c['target_map'] in goals.AWAY
+  return c.get('preset') not in (None, 'authors', 'thorough') and c['target_map'] in goals.AWAY
 
 
 def check(c: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def check(c: dict[str, Any]) -> None:
     raise InputError(
       f'--target_map {c["target_map"]}: {refused[0]} under --preset {c["preset"]} comes close to '
       f'maps, and goes away from none; leave {refused[0]} out of --interpreters'
-      f'{", or take --preset authors" * (refused[0] == "mask")}'
+      f'{", or take --preset thorough" * (refused[0] == "mask")}'
     )
   if c['num_devices'] is not None and c['num_devices'] > jax.local_device_count():
     raise InputError(

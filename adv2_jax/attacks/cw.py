@@ -23,6 +23,7 @@ from adv2_jax.attacks.perturbations import l2_tanh
 from adv2_jax.attacks.presets import Recipe
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter, no_map
+from adv2_jax.interpreters.unrolled import thorough_mask
 from adv2_jax.types import (
   Array,
   Attack,
@@ -60,12 +61,14 @@ class Search(NamedTuple):
 
 AUTHORS = Search(9, 1000, 1e-3, 0.01)  # Carlini & Wagner's; nobody published one with a map
 FAST = Search(6, 50, 1.0, 0.05, decay=True)
+SEARCHES = {'authors': AUTHORS, 'fast': FAST, 'thorough': Search(8, 150, 1.0, 0.05, decay=True)}
 # ρ (√mse), λ, and how often an inexact map is made afresh; chosen on scenes.
 MAPS = {
   'cam': (0.25, 10.0, 1),
   'rts': (0.18, 100.0, 1),
   'grad': (0.12, 10.0, 5),
   'mask': (0.25, 0.3, 10),
+  'unrolled_mask': (0.25, 10.0, 10),
 }
 
 
@@ -175,6 +178,7 @@ def _recipe(
   goal: Goal,
   kappa: float,
   within: float | None,
+  thorough: bool = False,
 ) -> Recipe:
   if not 0 <= kappa < float('inf'):
     raise InputError(f'kappa is {kappa}; expected a confidence of 0 or more, in logits, such as 0')
@@ -194,7 +198,10 @@ def _recipe(
   ) -> Schedule:
     if name is None:
       interpreter = no_map()
-    default, weight, every = MAPS.get(name or 'cam', MAPS['cam' if interpreter.exact else 'grad'])
+    if thorough:
+      interpreter = thorough_mask(interpreter)
+    usual = MAPS['cam' if interpreter.exact else 'grad']
+    default, weight, every = MAPS.get(interpreter.name, usual)
     rho = default if within is None else within
     rate: optax.ScalarOrSchedule = search.learning_rate
     if search.decay:
@@ -234,9 +241,10 @@ def by_name(
   """C&W on class and map; `steps` are those of all rounds together.
 
   authors: the schedule of Carlini & Wagner, 9 rounds of 1000 steps. fast: ours, 6 rounds of 50 with
-  falling steps. The image is rounded to 8 bits inside the loop, as it will be delivered.
+  falling steps; thorough: 8 of 150, and MASK through its own solver. The image is rounded to 8 bits
+  inside the loop, as it will be delivered.
   """
-  return _recipe(AUTHORS if preset == 'authors' else FAST, name, steps, goal, kappa, within)
+  return _recipe(SEARCHES[preset], name, steps, goal, kappa, within, preset == 'thorough')
 
 
 @functools.lru_cache
@@ -244,4 +252,4 @@ def plain(
   preset: str, steps: int | None = None, goal: Goal = DECEIVE, kappa: float = 0.0
 ) -> Recipe:
   """C&W on the class alone."""
-  return _recipe(AUTHORS if preset == 'authors' else FAST, None, steps, goal, kappa, None)
+  return _recipe(SEARCHES[preset], None, steps, goal, kappa, None)

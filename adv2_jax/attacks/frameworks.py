@@ -13,7 +13,7 @@ from adv2_jax.types import InputError
 
 NAMES = ('pgd', 'stadv', 'cw')
 NORMS = ('linf', 'l2')
-PRESETS = ('fast', 'authors', *baselines.RECIPES)
+PRESETS = ('fast', 'thorough', 'authors', *baselines.RECIPES)
 EPSILON = 0.031  # of the L∞ ball, where none is given
 
 
@@ -75,7 +75,8 @@ def by_name(
   """The recipe of that preset and framework for an interpreter's name.
 
   Args:
-    preset: 'fast' or 'authors', or with pgd in L∞ one of the literature's, see `baselines`.
+    preset: 'fast', 'thorough' or 'authors', or with pgd in L∞ one of the literature's, see
+      `baselines`.
     name: the interpreter's.
     steps_s1: warm-up steps; None: the preset's. cw has no warm-up, they are added to the others.
     steps_s2: steps on the joint loss; None: the preset's.
@@ -105,12 +106,12 @@ def by_name(
     return cw.by_name(preset, name, _sum(steps_s1, steps_s2), goal, kappa or 0.0)
   if framework == 'stadv' and preset == 'authors':
     return stadv.authors(name, steps_s1, steps_s2, goal, tau)
-  if framework == 'stadv':
-    return presets.fast(name, steps_s1, steps_s2, goal, stadv.space(tau))
-  if norm == 'l2':
-    recipe = presets.authors if preset == 'authors' else presets.fast
-    return recipe(name, steps_s1, steps_s2, goal, presets.L2)
-  return linf
+  if (framework, norm) == ('pgd', 'linf'):
+    return linf
+  if preset == 'authors':
+    return presets.authors(name, steps_s1, steps_s2, goal, presets.L2)
+  space = presets.L2 if norm == 'l2' else stadv.space(tau)
+  return presets.fast(name, steps_s1, steps_s2, goal, space, thorough=preset == 'thorough')
 
 
 def plain(

@@ -1,4 +1,6 @@
-"""Recipes: complete schedules, by name. `authors` is what the paper's scripts ran, `fast` is ours.
+"""Recipes: complete schedules, by name.
+
+`authors` is what the paper's scripts ran. `fast` is ours, and `thorough` the same with more steps.
 
 A recipe is static under jit and compared by identity, so the factories here are cached: the same
 settings give the same recipe, and no second trace.
@@ -21,6 +23,7 @@ from adv2_jax.attacks.perturbations import in_radii, l2_ball, linf_ball
 from adv2_jax.classifier import Classifier
 from adv2_jax.interpreters.base import Interpreter
 from adv2_jax.interpreters.masking import MaskConfig
+from adv2_jax.interpreters.unrolled import thorough_mask
 from adv2_jax.types import (
   Array,
   Batch,
@@ -82,6 +85,10 @@ L2 = Space(
 )
 
 AUTHORS_STEP = 1 / 255
+# Steps of `thorough`.
+THOROUGH = {'mask': 100, 'unrolled_mask': 100, 'joint': 300}
+THOROUGH_ELSE = 250
+PLAIN = {'authors': 1200, 'fast': 50, 'thorough': THOROUGH_ELSE}  # steps on the class alone
 AUTHORS_MASK = (400, 1000)  # steps on the margin, and of the alternation
 # Interpreter -> warm-up steps, and legs of (steps, λ at their start, λ at their end, distance).
 AUTHORS = {
@@ -232,9 +239,9 @@ def plain_pgd(
 ) -> Recipe:
   """The baseline that attacks the classifier alone; delivers the iterate of lowest cross-entropy.
 
-  authors: 1200 sign steps of 1/255. fast: 50 steps as those of `fast`.
+  authors: 1200 sign steps of 1/255. fast, thorough: 50 and 250 steps as those of `fast`.
   """
-  n = steps or (1200 if preset == 'authors' else 50)
+  n = steps or PLAIN[preset]
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
@@ -255,6 +262,7 @@ def fast(
   steps_s2: int | None = None,
   goal: Goal = DECEIVE,
   space: Space = LINF,
+  thorough: bool = False,
 ) -> Recipe:
   """Ours: sign momentum with cosine-decayed steps; what it keeps is chosen as it will be judged.
 
@@ -265,13 +273,17 @@ def fast(
   so that the iterate kept is the very image delivered; a bit of confidence may be given up for a
   closer map. There is no warm start, unless `steps_s1` asks for so many sign steps of 1/255 on the
   prediction alone.
+
+  `thorough` takes more steps (`THOROUGH`), and leads MASK through its own solver (`unrolled_mask`).
   """
 
   def schedule(
     clf: Classifier, interpreter: Interpreter, perturbation: Perturbation, key: Key
   ) -> Schedule:
-    settings = space.settings(name, interpreter.exact)
-    n = settings.steps if steps_s2 is None else steps_s2
+    interpreter = thorough_mask(interpreter) if thorough else interpreter
+    settings = space.settings(interpreter.name, interpreter.exact)
+    usual = THOROUGH.get(name, THOROUGH_ELSE) if thorough else settings.steps
+    n = usual if steps_s2 is None else steps_s2
     tx = space.step(AUTHORS_STEP)
     to_class = goal.prediction(losses.targeted_xent)
     warm = pgd(clf, perturbation, tx, key=key, prediction=to_class)
@@ -349,7 +361,7 @@ def by_name(
   *,
   goal: Goal = DECEIVE,
 ) -> Recipe:
-  """The recipe of that preset ('fast' or 'authors') for an interpreter's name."""
+  """The recipe of that preset ('fast', 'thorough' or 'authors') for an interpreter's name."""
   check_steps(steps_s1, steps_s2)
   if preset == 'authors':
     if name == 'joint':
@@ -357,11 +369,11 @@ def by_name(
         "preset 'authors' has no joint attack, nobody published one: take preset 'fast'"
       )
     return authors(name, steps_s1, steps_s2, goal)
-  if preset == 'fast':
-    if goal.away and name in ('mask', 'joint'):
+  if preset in ('fast', 'thorough'):
+    if goal.away and (name == 'joint' or (preset, name) == ('fast', 'mask')):
       raise InputError(
-        f"{name} under preset 'fast' comes close to target maps, and goes away from none: "
-        + ("take preset 'authors' for that" if name == 'mask' else 'attack one after the other')
+        f'{name} under preset {preset!r} comes close to target maps, and goes away from none: '
+        + ("take preset 'thorough' for that" if name == 'mask' else 'attack one after the other')
       )
-    return fast(name, steps_s1, steps_s2, goal)
-  raise InputError(f"preset {preset!r} is unknown; expected 'fast' or 'authors'")
+    return fast(name, steps_s1, steps_s2, goal, thorough=preset == 'thorough')
+  raise InputError(f"preset {preset!r} is unknown; expected 'fast', 'thorough' or 'authors'")

@@ -131,9 +131,9 @@ def plain(
 ) -> Recipe:
   """StAdv on the class alone; delivers the iterate of lowest cross-entropy.
 
-  authors: 300 steps of torch's amsgrad. fast: 50 steps as those of `fast`.
+  authors: 300 steps of torch's amsgrad. fast, thorough: 50 and 250 steps as those of `fast`.
   """
-  if preset == 'fast':
+  if preset != 'authors':
     return presets.plain_pgd(preset, steps, goal, space(tau))
   published = Published(0, ())
   n = AUTHORS_PLAIN if steps is None else steps
@@ -159,6 +159,7 @@ FAST = {
   'rts': Fast(100, 100.0, first_step=0.1),
   'grad': Fast(200, 100.0, first_step=0.06, every=5),
   'mask': Fast(100, 30.0, first_step=0.1, every=10),
+  'unrolled_mask': Fast(100, 100.0, first_step=0.1, every=10),
 }
 
 

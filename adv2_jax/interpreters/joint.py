@@ -23,7 +23,7 @@ from adv2_jax.types import (
 )
 
 # w_k, found on the built-in scenes: GRAD and CAM yield last, MASK's distance is the largest.
-WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.1, 'rts': 1.0}
+WEIGHTS = {'grad': 4 / 3, 'cam': 2.0, 'mask': 0.1, 'unrolled_mask': 1.0, 'rts': 1.0}
 
 
 class JointCarry(NamedTuple):
@@ -121,6 +121,21 @@ def joint(
     draft_fn=draft if all(p.draft_fn or not p.random for p in parts.values()) else None,
     draft_passes=sum(p.passes_of_draft for p in parts.values()),
   )
+
+
+def with_parts(
+  interpreter: Interpreter, change: Callable[[Interpreter], Interpreter]
+) -> Interpreter:
+  """The joint of the changed parts, whose usual weights go with them; others stay as they are."""
+  if not isinstance(interpreter.settings, _Parts):
+    return interpreter
+  made, weights = {}, {}
+  for (n, part), weight in zip(
+    interpreter.settings.parts, interpreter.settings.weights, strict=True
+  ):
+    made[n] = change(part.replace(params=interpreter.params[n]))
+    weights[n] = weight * WEIGHTS.get(made[n].name, 1.0) / WEIGHTS.get(part.name, 1.0)
+  return joint(made, weights)
 
 
 class _Parts(NamedTuple):

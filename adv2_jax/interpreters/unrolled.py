@@ -8,6 +8,7 @@ import numpy as np
 
 from adv2_jax.interpreters import masking
 from adv2_jax.interpreters.base import Interpreter, one_per_setting
+from adv2_jax.interpreters.joint import with_parts
 from adv2_jax.interpreters.masking import MaskConfig, MaskState
 from adv2_jax.nets.activations import soft_relu
 from adv2_jax.types import Array, Image, InputError, Key, Label, Map, PyTree, Unrolled, fold_keys
@@ -77,3 +78,11 @@ def unrolled_mask(
     passes=(made.passes[0], 2 + 6 * iterations, 1 + 2 * iterations),
     begin_passes=0,
   )
+
+
+def thorough_mask(interpreter: Interpreter) -> Interpreter:
+  """The interpreter, with `mask`, alone or in a joint, attacked as `unrolled_mask`."""
+  c = interpreter.settings
+  if interpreter.name == 'mask' and isinstance(c, MaskConfig):
+    return unrolled_mask(c)
+  return with_parts(interpreter, thorough_mask)

@@ -179,7 +179,7 @@ def test_the_baseline_delivers_the_iterate_of_lowest_loss(preset):
 
 
 def test_the_baseline_s_own_number_of_steps():
-  for preset, steps in (('authors', 1200), ('fast', 50)):
+  for preset, steps in (('authors', 1200), ('fast', 50), ('thorough', 250)):
     assert ran(presets.plain_pgd(preset))[0] == [steps]
 
 
@@ -221,11 +221,27 @@ def test_a_step_keeps_the_type_of_its_state(preset, name):
       assert jax.tree.map(str, after) == jax.tree.map(str, state)
 
 
+@pytest.mark.parametrize(
+  ('name', 'steps'), [('cam', 250), ('grad', 250), ('mask', 100), ('smooth_grad', 250)]
+)
+def test_thorough_is_fast_with_more_steps(name, steps):
+  interpreter = interpreters.build(name)
+  fast, thorough = (presets.by_name(preset, name) for preset in ('fast', 'thorough'))
+  ((_, none), (attack, n)) = thorough.schedule(CLF, interpreter, thorough.perturbation(0.1), KEY)
+  assert (none, n) == (0, steps)
+  usual, _ = fast.schedule(CLF, interpreter, fast.perturbation(0.1), KEY)[-1]
+  if name == 'mask':
+    unrolled = interpreters.unrolled_mask(interpreter.settings)
+    assert attack.passes(20) == 20 * unrolled.passes[1] + 2 * interpreter.passes_of_draft
+  else:
+    assert attack.passes(20) == usual.passes(20)
+
+
 # --- all recipes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', interpreters.FACTORIES)
-@pytest.mark.parametrize('preset', ['fast', 'authors'])
+@pytest.mark.parametrize('preset', ['fast', 'thorough', 'authors'])
 def test_the_same_settings_give_the_same_recipe(preset, name):
   """A recipe is static under jit: a new one for each call would compile each time."""
   for steps in ((None, None), (3, 7)):
@@ -239,6 +255,7 @@ def test_the_same_settings_give_the_same_recipe(preset, name):
   [
     pytest.param(lambda: presets.by_name('fast', 'cam', None, 9), id='fast cam'),
     pytest.param(lambda: presets.by_name('fast', 'grad', 4, 5), id='fast grad'),
+    pytest.param(lambda: presets.by_name('thorough', 'cam', None, 9), id='thorough cam'),
     pytest.param(lambda: presets.by_name('authors', 'cam', 4, 5), id='authors cam'),
     pytest.param(lambda: presets.by_name('authors', 'grad', 4, 5), id='authors grad'),
     pytest.param(lambda: presets.plain_pgd('fast', 9), id='pgd'),
@@ -256,7 +273,7 @@ def test_every_recipe_stays_in_the_declared_set_and_moves(make, epsilon):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('quick', 'cam'), "preset 'quick' is unknown; expected 'fast' or 'authors'"),
+    (('quick', 'cam'), "preset 'quick' is unknown; expected 'fast', 'thorough' or 'authors'"),
     (('authors', 'cam', -1), 'steps_s1 is -1'),
     (('authors', 'cam', 3, 0), 'steps_s2 is 0'),
   ],

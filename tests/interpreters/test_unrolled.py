@@ -8,6 +8,7 @@ import tiny
 
 from adv2_jax import api, interpreters
 from adv2_jax.interpreters import masking as M
+from adv2_jax.interpreters.unrolled import thorough_mask
 from adv2_jax.types import InputError, example_keys
 
 SMALL = M.MaskConfig(size=4, jitter=0, area=1e-2, smoothness=1e-1, blur=5, mask_blur=3, steps=30)
@@ -58,17 +59,34 @@ def test_the_attack_keeps_any_map():
   target = (y + 1) % tiny.CLASSES
   given = {'target': target, 'label': y, 'epsilon': 0.2}
   config = SMALL._replace(start=0.0, decay=True, b1=0.5, b2=0.8)
-  unrolled, imitated = interpreters.unrolled_mask(config), interpreters.mask(config)
+  unrolled, interpreter = interpreters.unrolled_mask(config), interpreters.mask(config)
   keys = example_keys(KEY, 8)
   benign = api.explain(clf, unrolled, x, y, keys)
-  np.testing.assert_array_equal(benign, api.explain(clf, imitated, x, y, keys))
+  np.testing.assert_array_equal(benign, api.explain(clf, interpreter, x, y, keys))
   patch = jnp.zeros((8, 4, 4), jnp.float32).at[:, 1:3, 1:3].set(1)
   for wanted in (benign, patch):
     given |= {'target_map': wanted, 'steps': 30}
-    near, far = (api.attack(clf, part, x, **given) for part in (unrolled, imitated))
+    near, far = (
+      api.attack(clf, interpreter, x, preset=preset, **given) for preset in ('thorough', 'fast')
+    )
     assert near.success.all()
     apart = [float(np.abs(found.maps - wanted).mean()) for found in (near, far)]
     assert apart[0] < 0.95 * apart[1], apart
+
+
+def test_thorough_attacks_mask_through_its_solver():
+  mask, grad = interpreters.mask(SMALL), interpreters.grad()
+  assert thorough_mask(mask) is interpreters.unrolled_mask(SMALL)
+  assert thorough_mask(grad) is grad
+  own = interpreters.unrolled_mask(SMALL, iterations=3)
+  assert thorough_mask(own) is own
+  for weights, expected in ((None, (4 / 3, 1.0)), ({'g': 2.0, 'm': 0.3}, (2.0, 3.0))):
+    joint = interpreters.joint({'m': mask, 'g': grad}, weights)
+    changed = thorough_mask(joint)
+    assert dict(changed.settings.parts)['m'] == interpreters.unrolled_mask(SMALL)
+    np.testing.assert_allclose(changed.settings.weights, expected)
+    assert changed.passes[1] == joint.passes[1] + 152 - 10
+    assert thorough_mask(changed).settings == changed.settings
 
 
 def test_refusals():
