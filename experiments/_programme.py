@@ -21,7 +21,7 @@ class Scale(NamedTuple):
     radii: of the runs with several, in grey levels.
     shares: of the way between target maps.
     steps: instead of the presets'; None: theirs.
-    more_steps: how many E1 and E2 take besides where they are cheap, as maps come closer by them.
+    thorough: whether E1, E2 and StAdv's E4 are made by that preset, too.
     subsets: sizes of the subsets of interpreters that the joint attack is made on.
     published: other frameworks that are run with their published schedules too, on fewer images.
     names: interpreters of E3, E4, E7; () for all of the subject's.
@@ -33,7 +33,7 @@ class Scale(NamedTuple):
   radii: tuple[int, ...] = (1, 2, 4, 8)
   shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
   steps: int | None = None
-  more_steps: int | None = 260  # a fifth of the published ones of RTS
+  thorough: bool = True
   subsets: tuple[int, ...] = (2, 3)
   published: tuple[str, ...] = ()
   names: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ SCALES = {
     radii=(2, 8),
     shares=(0.5,),
     steps=4,
-    more_steps=None,
+    thorough=False,
     subsets=(),
     names=('cam',),
     joint=('cam', 'mask', 'rts'),
@@ -135,17 +135,16 @@ KEPT = 'benign,pgd,adv2'
 
 def effect(s: Subject) -> Cases:
   """E1, E2."""
-  if names := light(s.interpreters):
-    yield '', attack(s, names)
-  if 'mask' in s.interpreters:
-    yield '', attack(s, ['mask'])
-  if (n := s.scale.more_steps) and (cheap := [name for name in names if name != 'grad']):
-    yield f'{n} steps', attack(s, cheap, {'steps_s2': str(n)})
+  for preset in ('fast', 'thorough') if s.scale.thorough else ('fast',):
+    more = {'preset': preset} if preset != 'fast' else {}
+    for names in (light(s.interpreters), ['mask'] if 'mask' in s.interpreters else []):
+      if names:
+        yield more.get('preset', ''), attack(s, names, more)
 
 
 def speed(s: Subject) -> Cases:
   """Our schedule beside the published one, on the same images."""
-  for preset in ('fast', 'authors'):
+  for preset in ('fast', 'thorough', 'authors') if s.scale.thorough else ('fast', 'authors'):
     yield preset, attack(s, s.names, {'preset': preset, 'attacks': KEPT}, share=4)
 
 
@@ -160,6 +159,8 @@ def other_frameworks(s: Subject) -> Cases:
   for framework, name in (('stadv', 'StAdv'), ('cw', 'C&W')):
     more = {'framework': framework, 'attacks': KEPT}
     yield f'{name}, fast', attack(s, s.names, more)
+    if framework == 'stadv' and s.scale.thorough and 'mask' in s.names:
+      yield f'{name}, thorough', attack(s, ['mask'], {**more, 'preset': 'thorough'})
     if framework in s.scale.published:
       yield f'{name}, authors', attack(s, s.names, {**more, 'preset': 'authors'}, share=4)
 
