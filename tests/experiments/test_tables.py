@@ -27,8 +27,12 @@ def runs_of(name, subject=SCENES):
 
 def test_the_numbers_of_images():
   """E1, E2: 256, of MASK 64; what all four take part in: 64."""
-  found = {run.flags['interpreters']: run.flags['num_examples'] for _, run in runs_of('E1')}
-  assert found == {'grad,cam,rts': '256', 'mask': '64', 'cam,rts': '256'}
+  found = [
+    [case, *map(run.flags.get, ('interpreters', 'num_examples', 'preset'))]
+    for case, run in runs_of('E1')
+  ]
+  sizes = [('grad,cam,rts', '256'), ('mask', '64')]
+  assert found == [[p or '', *size, p] for p in (None, 'thorough') for size in sizes]
   assert runs_of('E1') == runs_of('E2')
   assert {run.flags['num_examples'] for _, run in runs_of('E3')} == {'64'}
 
@@ -79,7 +83,7 @@ def test_a_decoder_goes_where_rts_is(tmp_path):
 
 
 def test_a_directory_belongs_to_its_flags():
-  (_, one), (_, other), _ = runs_of('E1')
+  (_, one), (_, other), *_ = runs_of('E1')
   assert one.folder('scenes') == _programme.Run(dict(reversed(one.flags.items()))).folder('scenes')
   assert one.folder('scenes') != other.folder('scenes')
   assert one.folder('scenes').startswith('scenes-')
@@ -153,7 +157,7 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
   lines = list(csv.DictReader(io.StringIO((workdir / 'E2.csv').read_text())))
   assert [(r['interpreter'], r['attack']) for r in lines] == [
     (name, attack)
-    for name in ('grad', 'cam', 'rts', 'mask', 'cam', 'rts')
+    for name in 2 * ('grad', 'cam', 'rts', 'mask')
     for attack in ('other', 'pgd', 'adv2')
   ]
   assert [float(r['map_l1_of_pgd']) for r in lines[:3]] == pytest.approx([0.25, 1.0, 0.25])
@@ -161,13 +165,13 @@ def test_runs_that_exist_fill_the_table(workdir, capsys):
   text = (workdir / 'E2.md').read_text()
   assert '| case | interpreter | attack | n | map L1 | L1 / PGD’s | IoU |' in text
   assert '|  | grad | ADV² | 4 | 0.100 | 0.250 | 0.500 |' in text
-  assert '| 260 steps | cam | PGD | 4 | 0.400 | 1.000 | 0.500 |' in text
+  assert '| thorough | cam | PGD | 4 | 0.400 | 1.000 | 0.500 |' in text
   assert f'--workdir={workdir}/scenes-' in text
   assert 'Made on 1 × cpu, jax 0.9 by' in text
   assert text in capsys.readouterr().out
   tex = (workdir / 'E1.tex').read_text()
   assert r' & grad & ADV\textsuperscript{2} & 4 & 1.000 & 0.500--1.000 \\' in tex
-  assert tex.count(r'\\') == 1 + 12
+  assert tex.count(r'\\') == 1 + 16
   assert r'case & interpreter & attack & n & ASR & 95 \% \\' in tex
   assert images.read_image(workdir / 'E1.png').std() > 5
 
