@@ -61,14 +61,20 @@ class Search(NamedTuple):
 
 AUTHORS = Search(9, 1000, 1e-3, 0.01)  # Carlini & Wagner's; nobody published one with a map
 FAST = Search(6, 50, 1.0, 0.05, decay=True)
-SEARCHES = {'authors': AUTHORS, 'fast': FAST, 'thorough': Search(8, 150, 1.0, 0.05, decay=True)}
+THOROUGH = Search(8, 150, 1.0, 0.05, decay=True)
+SEARCHES = {'authors': AUTHORS, 'fast': FAST, 'thorough': THOROUGH}
 # ρ (√mse), λ, and how often an inexact map is made afresh; chosen on scenes.
 MAPS = {
   'cam': (0.25, 10.0, 1),
   'rts': (0.18, 100.0, 1),
   'grad': (0.12, 10.0, 5),
   'mask': (0.25, 0.3, 10),
-  'unrolled_mask': (0.25, 10.0, 10),
+}
+THOROUGH_MAPS = {
+  'cam': (0.2, 10.0, 1),
+  'rts': (0.21, 100.0, 1),
+  'grad': (0.105, 10.0, 5),
+  'unrolled_mask': (0.15, 10.0, 10),
 }
 
 
@@ -198,10 +204,11 @@ def _recipe(
   ) -> Schedule:
     if name is None:
       interpreter = no_map()
+    maps = THOROUGH_MAPS if thorough else MAPS
     if thorough:
       interpreter = thorough_mask(interpreter)
-    usual = MAPS['cam' if interpreter.exact else 'grad']
-    default, weight, every = MAPS.get(interpreter.name, usual)
+    usual = maps['cam' if interpreter.exact else 'grad']
+    default, weight, every = maps.get(interpreter.name, usual)
     rho = default if within is None else within
     rate: optax.ScalarOrSchedule = search.learning_rate
     if search.decay:

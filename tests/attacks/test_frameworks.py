@@ -216,8 +216,8 @@ def test_the_constant_is_halved_where_found_and_multiplied_where_not():
   np.testing.assert_allclose(c[-1, :3], threshold[:3], rtol=0.1)
 
 
-@pytest.mark.parametrize('kappa', [0.0, 2.0])
-def test_a_linear_classifier_s_closest_image_is_found(kappa):
+@pytest.mark.parametrize(('preset', 'kappa'), [('fast', 0.0), ('fast', 2.0), ('thorough', 0.0)])
+def test_a_linear_classifier_s_closest_image_is_found(preset, kappa):
   """The distance to the hyperplane on which the margin is −κ is known."""
   clf = tiny.linear_classifier(classes=2)
   x = 0.5 + 0.1 * jax.random.uniform(KEY, (3, 4, 4, 3), jnp.float32, -1, 1)
@@ -226,12 +226,13 @@ def test_a_linear_classifier_s_closest_image_is_found(kappa):
   w = np.asarray(clf.params)[..., 1] - np.asarray(clf.params)[..., 0]
   apart = (np.abs(np.asarray(logits[:, 1] - logits[:, 0])) + kappa) / np.linalg.norm(w)
   batch = tiny.batch(x, 1 - label, jnp.zeros((3, 1, 1)))
-  x8, history = api.attack_batch(cw.plain('fast', kappa=kappa), clf, CAM, batch, 0.0, KEY)
+  x8, history = api.attack_batch(cw.plain(preset, kappa=kappa), clf, CAM, batch, 0.0, KEY)
   assert (losses.margin(tiny.outputs(clf, x8).logits, 1 - label) <= -kappa).all()
   assert (tiny.outputs(clf, x8).logits.argmax(-1) == 1 - label).all()
   found = np.asarray(metrics.l2(x8, x))
-  assert (found <= 1.2 * apart + 0.5 / 255 * 48**0.5).all()
-  assert history.evaluations[-1] == cw.FAST.rounds * cw.FAST.steps
+  assert (found <= {'fast': 1.2, 'thorough': 1.02}[preset] * apart + 0.5 / 255 * 48**0.5).all()
+  search = cw.SEARCHES[preset]
+  assert history.evaluations[-1] == search.rounds * search.steps
 
 
 def test_a_closer_map_is_asked_for_by_within():
@@ -288,7 +289,7 @@ def test_untargeted_and_map_only(framework):
 
 
 @pytest.mark.parametrize('name', ['grad', 'cam', 'mask', 'rts', 'grad_cam'])
-@pytest.mark.parametrize('preset', ['fast', 'authors'])
+@pytest.mark.parametrize('preset', ['fast', 'thorough', 'authors'])
 @pytest.mark.parametrize(('framework', 'norm'), [('stadv', 'linf'), ('cw', 'linf'), ('pgd', 'l2')])
 def test_a_step_keeps_the_type_of_its_state_and_the_same_settings_give_the_same_recipe(
   framework, norm, preset, name
