@@ -21,7 +21,7 @@ class Scale(NamedTuple):
     radii: of the runs with several, in grey levels.
     shares: of the way between target maps.
     steps: instead of the presets'; None: theirs.
-    thorough: whether E1, E2 and StAdv's E4 are made by that preset, too.
+    thorough: whether E1 to E4 are made by that preset, too, the latter two in part.
     subsets: sizes of the subsets of interpreters that the joint attack is made on.
     published: other frameworks that are run with their published schedules too, on fewer images.
     names: interpreters of E3, E4, E7; () for all of the subject's.
@@ -151,7 +151,11 @@ def speed(s: Subject) -> Cases:
 def other_maps(s: Subject) -> Cases:
   """E3."""
   for kind in ('random_patch', 'random_class'):
-    yield kind.replace('_', ' '), attack(s, s.names, {'target_map': kind, 'attacks': KEPT})
+    more = {'target_map': kind, 'attacks': KEPT}
+    yield kind.replace('_', ' '), attack(s, s.names, more)
+    if s.scale.thorough and 'mask' in s.names:
+      more |= {'preset': 'thorough'}
+      yield f'{kind.replace("_", " ")}, thorough', attack(s, ['mask'], more, share=4)
 
 
 def other_frameworks(s: Subject) -> Cases:
@@ -159,8 +163,10 @@ def other_frameworks(s: Subject) -> Cases:
   for framework, name in (('stadv', 'StAdv'), ('cw', 'C&W')):
     more = {'framework': framework, 'attacks': KEPT}
     yield f'{name}, fast', attack(s, s.names, more)
-    if framework == 'stadv' and s.scale.thorough and 'mask' in s.names:
-      yield f'{name}, thorough', attack(s, ['mask'], {**more, 'preset': 'thorough'})
+    better = {'stadv': [n for n in s.names if n == 'mask'], 'cw': light(s.names)}[framework]
+    if s.scale.thorough and better:
+      share = 1 if framework == 'stadv' else 4
+      yield f'{name}, thorough', attack(s, better, {**more, 'preset': 'thorough'}, share=share)
     if framework in s.scale.published:
       yield f'{name}, authors', attack(s, s.names, {**more, 'preset': 'authors'}, share=4)
 
