@@ -91,9 +91,12 @@ def test_passes_are_those_compiled(name):
   wanted = jax.tree.map(lambda v: jnp.zeros(v.shape, jnp.float32), drawn)
   make = lambda clf: adv2(clf, interpreter, linf_ball(0.1), optax.sgd(1.0), weight=1.0, key=KEY)  # noqa: E731
   step, look = parts_of(make, CLEAN_BATCH._replace(target_map=wanted))
+  draft = operations(lambda clf, x: interpreter.draft(clf, x, Y, KEY), net(), X) / forward()
   if name == 'joint':  # XLA merges equal forward passes of its parts: no more than claimed
     assert 0.6 * interpreter.passes[0] < explain < 1.15 * interpreter.passes[0]
-    explain = interpreter.passes[0]
+    assert draft < 1.15 * interpreter.passes_of_draft
+    explain, draft = interpreter.passes[0], interpreter.passes_of_draft
+  np.testing.assert_allclose(draft, interpreter.passes_of_draft, rtol=0.15)
   np.testing.assert_allclose((explain, step, look), interpreter.passes, rtol=0.15)
   attack = make(net())
   assert attack.passes(3) - attack.passes(2) == interpreter.passes[1]

@@ -36,6 +36,21 @@ def test_its_maps_are_those_of_its_parts_by_name():
     np.testing.assert_allclose(found[name], maps, atol=1e-5)
 
 
+def test_its_drafts_are_those_of_its_parts():
+  jittered = interpreters.mask(MASK.settings._replace(jitter=2))
+  parts = {'cam': interpreters.cam(), 'mask': jittered}
+  joint = interpreters.joint(parts)
+  found = jax.jit(lambda clf: joint.draft(clf, X, TARGET, KEY))(CLF)
+  for name, part in parts.items():
+    alone = jax.jit(lambda clf, part=part: part.draft(clf, X, TARGET, KEY))(CLF)
+    np.testing.assert_allclose(found[name], alone, atol=1e-5)
+  whole = jax.jit(lambda clf: jittered.explain(clf, X, TARGET, KEY))(CLF)
+  assert np.abs(found['mask'] - whole).max() > 0.05  # of fewer iterations
+  assert joint.passes_of_draft == 1 + 2 * (8 // 3)
+  dice = interpreters.from_map(lambda p, clf, x, y, keys: (x.mean(-1), None), random=True)
+  assert interpreters.joint(parts | {'dice': dice}).draft_fn is None
+
+
 @pytest.mark.parametrize('weights', [None, {'grad': 3.0}])
 def test_its_distance_and_gradient_are_the_weighted_sums(weights):
   """By hand, with each part alone; also what it adds of its own, and the classifier's logits."""
