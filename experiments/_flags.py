@@ -334,6 +334,10 @@ def _check_joint(c: Mapping[str, Any]) -> None:
     raise InputError(
       f'{given}: --preset authors has no joint attack, nobody published one; take --preset fast'
     )
+  if c['goal'] == 'class_only':
+    raise InputError(
+      f'{given}: --goal class_only looks at no map, so there is nothing to join; leave joint out'
+    )
   if c['framework'] != 'pgd':
     raise InputError(
       f'{given}: --framework {c["framework"]} has no joint attack so far; take --framework pgd'
@@ -393,7 +397,10 @@ def check_interpreters(names: Sequence[str], decoder: str | None) -> None:
     raise InputError(f'--interpreters is {names}; expected one or more distinct names')
   for name in names:
     if name not in interpreters.NAMES:
-      interpreters.build(name)  # tells which there are
+      raise InputError(
+        f'interpreter {name!r} is unknown; expected one of {", ".join(interpreters.NAMES)}; an '
+        'attack takes joint, too'
+      )
   if decoder is not None and 'rts' not in names:
     raise InputError(f'--decoder {decoder}: only rts has one; add it to --interpreters')
 

@@ -167,5 +167,7 @@ def read_maps(path: str, names: list[str]) -> dict[str, dict[int, np.ndarray]]:
 def _existing(flag: str) -> pathlib.Path:
   path = user_path(flag)
   if not path.is_file():
-    raise InputError(f'--target_map is {flag!r}; expected {", ".join(MAPS)}, or FILE.npz')
+    raise InputError(
+      f'--target_map is {flag!r}; expected {", ".join(MAPS)}, path:A such as path:0.5, or FILE.npz'
+    )
   return path

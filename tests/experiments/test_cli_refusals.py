@@ -68,6 +68,12 @@ from experiments import attack
       {'interpreters': ['cam', 'grad', 'joint'], 'framework': 'stadv', 'epsilon': None},
       'joint: --framework stadv has no joint attack so far',
     ),
+    (
+      {'interpreters': ['cam', 'grad', 'joint'], 'goal': 'class_only'},
+      'joint: --goal class_only looks at no map',
+    ),
+    ({'interpreters': ['cam', 'foo']}, "interpreter 'foo' is unknown; .*; an attack takes joint"),
+    ({'target_map': 'nope'}, "--target_map is 'nope'; expected .*, path:A such as path:0.5, or"),
     ({'attacks': ['pgd', 'adv3']}, '--attacks is pgd,adv3; expected some of benign, again'),
     ({'attacks': []}, '--attacks is ; expected some of benign'),
     (
