@@ -203,7 +203,7 @@ def test_keys_decide_the_noise_and_the_default_is_fixed():
     ({'epsilon': 1.5}, 'epsilon is 1.5'),
     ({'epsilon': float('nan')}, 'epsilon is nan'),
     ({'epsilon': 8}, 'epsilon is 8; expected 0 < epsilon ≤ 1, such as 0.031'),
-    ({'preset': 'quick'}, "preset 'quick' is unknown; expected one of fast, authors"),
+    ({'preset': 'quick'}, "preset 'quick' is unknown; expected one of fast, thorough, authors"),
     ({'steps': 0}, '^steps is 0; expected a whole number, 1 or more'),
     ({'steps': 2.0}, r'^steps is 2\.0; expected a whole number'),
     ({'pad_to': 2}, '^pad_to is 2; expected a whole number, 3 or more'),
